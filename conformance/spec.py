@@ -1,0 +1,329 @@
+"""What is drawn, recorded and replayed: a model, a run of it, and the two together as a case.
+
+Nothing here needs torch, so that a case file can be read, checked and shown at once. Every value
+is validated when it is made: a spec that exists can be built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+FORMAT_VERSION = 1
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+PROJECTIONS = ("q", "k", "v", "o")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+PADDINGS = ("none", "left", "right", "gap", "rows")
+POSITIONS = ("derived", "offset", "shuffled")
+EDITS = (
+    "identity",
+    "zero",
+    "scale",
+    "noise",
+    "replace",
+    "one_head",
+    "one_position",
+    "one_row",
+    "in_place",
+)
+MAX_SEED = 2**31 - 1
+
+
+class SpecError(ValueError):
+    """A value no model or run can have: names the field, the value and what is allowed."""
+
+    def __init__(self, field_name: str, value: object, allowed: str) -> None:
+        """Keep the three parts of the message, which is all that a caller needs."""
+        super().__init__(f"{field_name}={value!r}: must be {allowed}")
+        self.field, self.value, self.allowed = field_name, value, allowed
+
+    def __reduce__(self) -> tuple[type[SpecError], tuple[str, object, str]]:
+        """Pickle by the parts: pytest-xdist sends exceptions between processes."""
+        return type(self), (self.field, self.value, self.allowed)
+
+
+def _require(holds: bool, field_name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise SpecError(field_name, value, allowed)
+
+
+def _integer(spec: object, names: Iterable[str], low: int, high: int | None = None) -> None:
+    allowed = f"an integer of at least {low}" if high is None else f"an integer in {low}..{high}"
+    for name in names:
+        value = getattr(spec, name)
+        good = type(value) is int and value >= low and (high is None or value <= high)
+        _require(good, name, value, allowed)
+
+
+def _positive(spec: object, *names: str) -> None:
+    for name in names:
+        value = getattr(spec, name)
+        good = type(value) in (int, float) and math.isfinite(value) and value > 0
+        _require(good, name, value, "a finite number above 0")
+
+
+def _boolean(spec: object, *names: str) -> None:
+    for name in names:
+        _require(type(getattr(spec, name)) is bool, name, getattr(spec, name), "true or false")
+
+
+def _one_of(spec: object, name: str, allowed: tuple[str, ...]) -> None:
+    _require(getattr(spec, name) in allowed, name, getattr(spec, name), f"one of {allowed}")
+
+
+def _subset(spec: object, name: str, allowed: tuple[str, ...]) -> None:
+    """Normalise a list of names to a tuple in the order of ``allowed``."""
+    value = getattr(spec, name)
+    good = isinstance(value, (tuple, list)) and all(item in allowed for item in value)
+    _require(good and len(set(value)) == len(value), name, value, f"a subset of {allowed}")
+    object.__setattr__(spec, name, tuple(item for item in allowed if item in value))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """The configuration fields of an OLMo that matter, under Hugging Face's own names.
+
+    Attributes:
+        head_dim: Size of a head; None lets Hugging Face divide ``hidden_size`` by the heads.
+        clip_qkv: The clamp of q, k and v; None means no clamp, 0.0 is a real (total) one.
+        biases: Which of the attention's projections q, k, v, o have a bias.
+        weight_seed: Seed of every weight and bias.
+        weight_scale: Standard deviation of the weights. Wide (0.3), or no clip ever binds.
+    """
+
+    hidden_size: int = 16
+    intermediate_size: int = 24
+    num_hidden_layers: int = 1
+    num_attention_heads: int = 2
+    num_key_value_heads: int = 2
+    head_dim: int | None = None
+    vocab_size: int = 17
+    max_position_embeddings: int = 32
+    hidden_act: str = "silu"
+    rope_type: str = "default"
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    attention_dropout: float = 0.0
+    clip_qkv: float | None = None
+    biases: tuple[str, ...] = ()
+    dtype: str = "float32"
+    weight_seed: int = 0
+    weight_scale: float = 0.3
+
+    def __post_init__(self) -> None:
+        sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        _integer(self, (*sizes, "num_key_value_heads", "max_position_embeddings"), 1)
+        _integer(self, ("vocab_size",), 2)
+        _integer(self, ("weight_seed",), 0, MAX_SEED)
+        _positive(self, "rope_theta", "weight_scale")
+        _boolean(self, "tie_word_embeddings")
+        _one_of(self, "dtype", DTYPES)
+        _one_of(self, "rope_type", ROPE_TYPES)
+        _subset(self, "biases", PROJECTIONS)
+        _require(isinstance(self.hidden_act, str), "hidden_act", self.hidden_act, "a name")
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if self.head_dim is None:
+            allowed = f"divisible by num_attention_heads={heads}, or head_dim given"
+            _require(self.hidden_size % heads == 0, "hidden_size", self.hidden_size, allowed)
+        else:
+            _integer(self, ("head_dim",), 2)
+        even = "even: RoPE rotates pairs of entries of a head"
+        _require(self.d_head % 2 == 0, "head_dim", self.d_head, even)
+        divides = f"a divisor of num_attention_heads={heads}"
+        _require(heads % groups == 0, "num_key_value_heads", groups, divides)
+        drop, clip = self.attention_dropout, self.clip_qkv
+        good = type(drop) in (int, float) and 0 <= drop < 1
+        _require(good, "attention_dropout", drop, "a number in [0, 1)")
+        if clip is not None:
+            good = type(clip) in (int, float) and math.isfinite(clip) and clip >= 0
+            _require(good, "clip_qkv", clip, "null (no clamp) or a finite number of at least 0")
+
+    @property
+    def d_head(self) -> int:
+        """Size of one head, overridden or not."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def without_clip(self) -> ModelSpec:
+        """The same model and weights with no clamp."""
+        return dataclasses.replace(self, clip_qkv=None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """An intervention: what one hook does to the tensor at one site, the same on every subject.
+
+    Attributes:
+        site: Canonical hook name, for example ``blocks.0.attn.hook_pattern``.
+        kind: One of `EDITS`; the ``one_*`` kinds zero a single slice, ``in_place`` scales the
+            tensor where it lies and returns nothing.
+        seed: Draws the noise, the replacement and the slice that is hit.
+    """
+
+    site: str
+    kind: str = "scale"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        good = isinstance(self.site, str) and bool(self.site)
+        _require(good, "site", self.site, "a canonical hook name")
+        _one_of(self, "kind", EDITS)
+        _integer(self, ("seed",), 0, MAX_SEED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """One run of a model: its input and how it is called.
+
+    Attributes:
+        token_seed: Seed of the tokens and of the gradient that is sent back through the logits.
+        padding: ``none``; ``left`` or ``right`` by a drawn number of pads, never the whole row;
+            ``gap`` masks inner positions; ``rows`` mixes all of these, a row each.
+        positions: ``derived`` counts the mask; ``offset`` and ``shuffled`` are given explicitly.
+        use_cache: Whether the forward carries a key-value cache, equal on all subjects.
+        chunks: Number of successive forwards, over a cache, that the sequence is fed in.
+        training: Train mode: dropout is drawn from equal random states.
+        prepared: Whether ``adapter.prepare_model`` ran on the model before it was bridged, as
+            ``boot_transformers`` does and a direct ``TransformerBridge(...)`` does not.
+        edits: Interventions active during the forward.
+    """
+
+    token_seed: int = 0
+    batch: int = 1
+    seq_len: int = 2
+    padding: str = "none"
+    positions: str = "derived"
+    use_cache: bool = False
+    chunks: int = 1
+    training: bool = False
+    prepared: bool = True
+    edits: tuple[Edit, ...] = ()
+
+    def __post_init__(self) -> None:
+        _integer(self, ("token_seed",), 0, MAX_SEED)
+        _integer(self, ("batch", "seq_len"), 1)
+        _integer(self, ("chunks",), 1, self.seq_len)
+        _one_of(self, "padding", PADDINGS)
+        _one_of(self, "positions", POSITIONS)
+        _boolean(self, "use_cache", "training", "prepared")
+        cached = f"true, since chunks={self.chunks} need a cache"
+        _require(self.use_cache or self.chunks == 1, "use_cache", self.use_cache, cached)
+        object.__setattr__(self, "edits", tuple(self.edits))
+        good = all(isinstance(edit, Edit) for edit in self.edits)
+        _require(good, "edits", self.edits, "a list of edits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model and a run of it: all that one differential comparison needs.
+
+    Attributes:
+        tokens: Explicit token ids ``[batch, pos]``; drawn from ``run.token_seed`` when empty.
+    """
+
+    model: ModelSpec = field(default_factory=ModelSpec)
+    run: RunSpec = field(default_factory=RunSpec)
+    tokens: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        room, wanted = self.model.max_position_embeddings, self.run.seq_len
+        allowed = f"at most max_position_embeddings={room}"
+        _require(wanted <= room, "seq_len", wanted, allowed)
+        shape = (self.run.batch, self.run.seq_len)
+        good = isinstance(self.tokens, (tuple, list))
+        good = good and all(isinstance(row, (tuple, list)) for row in self.tokens)
+        _require(good, "tokens", self.tokens, f"{shape[0]} rows of {shape[1]} token ids")
+        object.__setattr__(self, "tokens", tuple(tuple(row) for row in self.tokens))
+        if not self.tokens:
+            return
+        good = len(self.tokens) == shape[0] and all(len(row) == shape[1] for row in self.tokens)
+        _require(good, "tokens", self.tokens, f"{shape[0]} rows of {shape[1]} token ids")
+        for token in (token for row in self.tokens for token in row):
+            good = type(token) is int and 0 <= token < self.model.vocab_size
+            last = self.model.vocab_size - 1
+            _require(good, "tokens", token, f"a token id in 0..{last} (vocab_size - 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A case on file: with the check that it failed, the adapter judged and what was seen."""
+
+    case: Case
+    check: str
+    adapter: str
+    note: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("check", "adapter", "note"):
+            value = getattr(self, name)
+            _require(isinstance(value, str), name, value, "a string")
+
+    def dumps(self) -> str:
+        """The record as JSON, with the format's version first."""
+        body = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return json.dumps(body, indent=2) + "\n"
+
+
+_Spec = TypeVar("_Spec")
+
+
+def _from_mapping(kind: type[_Spec], body: object, where: str) -> _Spec:
+    """Build a spec of ``kind`` from decoded JSON, naming unknown fields and wrong types."""
+    if not isinstance(body, dict):
+        raise SpecError(where, body, "an object")
+    known = [item.name for item in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for name in body:
+        _require(name in known, f"{where}.{name}", body[name], f"absent; known fields: {known}")
+    nested: dict[str, Any] = dict(body)
+    kinds: dict[str, type] = {"model": ModelSpec, "run": RunSpec, "case": Case}
+    for name in kinds.keys() & nested.keys():
+        nested[name] = _from_mapping(kinds[name], nested[name], f"{where}.{name}")
+    if "edits" in nested:
+        _require(isinstance(nested["edits"], list), f"{where}.edits", nested["edits"], "a list")
+        nested["edits"] = tuple(
+            _from_mapping(Edit, edit, f"{where}.edits[{index}]")
+            for index, edit in enumerate(nested["edits"])
+        )
+    try:
+        return kind(**nested)
+    except SpecError:
+        raise
+    except TypeError as error:
+        raise SpecError(where, sorted(body), f"a complete {kind.__name__} ({error})") from None
+
+
+def loads(text: str, source: str = "case") -> Record:
+    """Read a record from JSON.
+
+    Args:
+        text: The JSON text.
+        source: What to call it in an error, usually the file's name.
+
+    Raises:
+        SpecError: If it is no JSON, of a newer format, or holds a bad value.
+    """
+    try:
+        body = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SpecError(source, text[-40:], f"complete JSON ({error})") from None
+    if not isinstance(body, dict):
+        raise SpecError(source, body, "a JSON object")
+    version = body.pop("format_version", None)
+    allowed = f"{FORMAT_VERSION}: this version of olmo-conformance reads no other"
+    _require(version == FORMAT_VERSION, "format_version", version, allowed)
+    return _from_mapping(Record, body, "record")
+
+
+def load(path: Path) -> Record:
+    """Read the record in a file. See `loads`; a file that cannot be read is a `SpecError` too."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError("file", str(path), f"a readable case file ({error})") from None
+    return loads(text, path.name)
