@@ -1,0 +1,1 @@
+"""olmo-conformance: is what a researcher sees through the bridge what the model computes?"""

@@ -1,0 +1,173 @@
+"""Build the subjects of a comparison: each a fresh model with the same weights.
+
+The reference is a pristine `OlmoForCausalLM` that no adapter code ever touches. Bridging mutates the
+model it wraps, so no two subjects ever share a module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import OlmoConfig, OlmoForCausalLM
+from transformers.activations import ACT2FN
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
+
+from conformance.spec import PROJECTIONS, ModelSpec, SpecError
+
+ARCHITECTURE = "OlmoForCausalLM"
+PAD_TOKEN = 1  # OlmoConfig's default
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to observe.
+
+    Attributes:
+        model: The Hugging Face model, or None if it is bridged away.
+        bridge: The bridge around it, or None.
+        parameters: The Hugging Face model's parameters under its own names, taken before any
+            bridge renamed them.
+        clamps: Whether attention clamps q, k and v in place.
+        optional_hooks: Hook patterns that the adapter declares beyond the required ones.
+    """
+
+    model: OlmoForCausalLM
+    parameters: Mapping[str, nn.Parameter]
+    bridge: TransformerBridge | None = None
+    clamps: bool = False
+    optional_hooks: tuple[str, ...] = ()
+
+
+def _rope_parameters(model: ModelSpec) -> dict[str, Any]:
+    """What `rope_parameters` of a Hugging Face configuration needs for each type of RoPE."""
+    half = max(model.max_position_embeddings // 2, 1)
+    extra: dict[str, dict[str, Any]] = {
+        "default": {},
+        "linear": {"factor": 2.0},
+        "dynamic": {"factor": 2.0},
+        "yarn": {"factor": 2.0, "original_max_position_embeddings": half},
+        "llama3": {
+            "factor": 2.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": half,
+        },
+    }
+    return {
+        "rope_type": model.rope_type,
+        "rope_theta": model.rope_theta,
+        **extra[model.rope_type],
+    }
+
+
+def hf_config(model: ModelSpec) -> OlmoConfig:
+    """The Hugging Face configuration of a spec, with eager attention.
+
+    Raises:
+        SpecError: If Hugging Face knows no activation of the name ``hidden_act``.
+    """
+    if model.hidden_act not in ACT2FN:
+        raise SpecError("hidden_act", model.hidden_act, f"one of {sorted(ACT2FN)}")
+    head_dim = {} if model.head_dim is None else {"head_dim": model.head_dim}
+    return OlmoConfig(
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_hidden_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_key_value_heads,
+        vocab_size=model.vocab_size,
+        max_position_embeddings=model.max_position_embeddings,
+        hidden_act=model.hidden_act,
+        rope_parameters=_rope_parameters(model),
+        tie_word_embeddings=model.tie_word_embeddings,
+        attention_bias=bool(model.biases),
+        attention_dropout=model.attention_dropout,
+        clip_qkv=model.clip_qkv,
+        pad_token_id=PAD_TOKEN,
+        eos_token_id=None,
+        attn_implementation="eager",
+        **head_dim,
+    )
+
+
+def _fill(parameters: Mapping[str, nn.Parameter], model: ModelSpec) -> None:
+    """Draw every weight and bias from the spec's seed, wide enough for clips to bind."""
+    generator = torch.Generator().manual_seed(model.weight_seed)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.copy_(drawn * model.weight_scale)
+
+
+def hf_model(model: ModelSpec) -> OlmoForCausalLM:
+    """A fresh Hugging Face model of a spec: equal specs give equal weights.
+
+    The weights are created in the spec's dtype, as `from_pretrained` does; the rotary frequencies
+    stay float32.
+    """
+    with torch.random.fork_rng(devices=[]):
+        built = OlmoForCausalLM._from_config(  # type: ignore[no-untyped-call]
+            hf_config(model), dtype=getattr(torch, model.dtype)
+        )
+    for layer in built.model.layers if model.biases else ():
+        for letter in set(PROJECTIONS) - set(model.biases):
+            getattr(layer.self_attn, f"{letter}_proj").bias = None
+    _fill(dict(built.named_parameters()), model)
+    built.eval()
+    return built  # type: ignore[no-any-return]
+
+
+def make_adapter(adapter: type[ArchitectureAdapter], model: OlmoForCausalLM) -> ArchitectureAdapter:
+    """The adapter under test, on the configuration that transformer_lens itself would give it."""
+    dtype = next(model.parameters()).dtype
+    config = build_bridge_config_from_hf(model.config, ARCHITECTURE, "olmo-conformance", dtype)
+    return adapter(config)
+
+
+def reference(model: ModelSpec) -> Subject:
+    """The pristine Hugging Face model."""
+    built = hf_model(model)
+    return Subject(built, dict(built.named_parameters()), clamps=model.clip_qkv is not None)
+
+
+def patched(
+    model: ModelSpec, adapter: type[ArchitectureAdapter], *, exact_clip: bool | None = None
+) -> Subject:
+    """A Hugging Face model after the adapter's ``prepare_model``.
+
+    Args:
+        model: What to build.
+        adapter: The adapter class under test.
+        exact_clip: Ask for the exact mode; None calls ``prepare_model(hf_model)`` as documented.
+    """
+    built = hf_model(model)
+    parameters = dict(built.named_parameters())
+    mode = {} if exact_clip is None else {"exact_clip": exact_clip}
+    make_adapter(adapter, built).prepare_model(built, **mode)
+    return Subject(built, parameters, clamps=bool(exact_clip) and model.clip_qkv is not None)
+
+
+def bridged(
+    model: ModelSpec, adapter: type[ArchitectureAdapter], *, prepared: bool = True
+) -> Subject:
+    """A `TransformerBridge` around a Hugging Face model, built with the adapter under test.
+
+    Args:
+        model: What to build.
+        adapter: The adapter class under test.
+        prepared: Call ``prepare_model`` first, as ``boot_transformers`` does.
+    """
+    built = hf_model(model)
+    parameters = dict(built.named_parameters())
+    made = make_adapter(adapter, built)
+    if prepared:
+        made.prepare_model(built)
+    bridge = TransformerBridge(built, made, None)
+    declared = tuple(getattr(adapter, "optional_hooks", ()))
+    return Subject(built, parameters, bridge=bridge, optional_hooks=declared)
