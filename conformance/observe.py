@@ -15,7 +15,7 @@ from conformance.edits import edited
 from conformance.inputs import Inputs, derived_positions, inputs
 from conformance.sites import Site, observable
 from conformance.spec import Case
-from conformance.subjects import Subject
+from conformance.subjects import Subject, at_work
 from conformance.taps import TappedCache, Taps
 
 Tensors = Mapping[str, torch.Tensor]
@@ -76,7 +76,9 @@ class Recorder:
         tensor = self.edit(name, tensor)
         self.value(name, tensor)
         if tensor.requires_grad and self.backward:
-            tensor.register_hook(lambda gradient: self.gradient(name, gradient))
+            tensor.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: self.gradient(name, gradient)
+            )
         return tensor
 
 
@@ -212,7 +214,8 @@ def observe(
             clamps=subject.clamps,
             cached=case.run.chunks > 1,
         ).attached()
-    with torch.set_grad_enabled(backward), around:
+    blame = at_work("running") if subject.under_test else nullcontext()
+    with blame, torch.set_grad_enabled(backward), around:
         logits = run_forward(subject, case, data, recorder)
         if backward:
             logits.backward(data.probe.to(logits.dtype))  # type: ignore[no-untyped-call]

@@ -135,6 +135,9 @@ class ModelSpec:
             _integer(self, ("head_dim",), 2)
         even = "even: RoPE rotates pairs of entries of a head"
         _require(self.d_head % 2 == 0, "head_dim", self.d_head, even)
+        roomy = self.rope_type != "dynamic" or self.d_head > 2
+        allowed = "at least 4 with rope_type='dynamic', which divides by head_dim - 2"
+        _require(roomy, "head_dim", self.d_head, allowed)
         divides = f"a divisor of num_attention_heads={heads}"
         _require(heads % groups == 0, "num_key_value_heads", groups, divides)
         drop, clip = self.attention_dropout, self.clip_qkv

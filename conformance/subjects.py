@@ -1,27 +1,41 @@
 """Build the subjects of a comparison: each a fresh model with the same weights.
 
-The reference is a pristine `OlmoForCausalLM` that no adapter code ever touches. Bridging mutates the
-model it wraps, so no two subjects ever share a module.
+The reference is a pristine `OlmoForCausalLM` that no adapter code ever touches. Bridging mutates
+the model it wraps, so no two subjects ever share a module.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import OlmoConfig, OlmoForCausalLM
-from transformers.activations import ACT2FN
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
+from transformers import OlmoConfig, OlmoForCausalLM
+from transformers.activations import ACT2FN
 
 from conformance.spec import PROJECTIONS, ModelSpec, SpecError
 
 ARCHITECTURE = "OlmoForCausalLM"
 PAD_TOKEN = 1  # OlmoConfig's default
+
+
+class SubjectError(Exception):
+    """The subject under test could not be built or run: its fault, not the kit's."""
+
+
+@contextmanager
+def at_work(stage: str) -> Iterator[None]:
+    """Blame the subject under test for whatever is raised in here."""
+    try:
+        yield
+    except Exception as error:
+        raise SubjectError(f"{stage}: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,7 @@ class Subject:
             bridge renamed them.
         clamps: Whether attention clamps q, k and v in place.
         optional_hooks: Hook patterns that the adapter declares beyond the required ones.
+        under_test: Whether the adapter has touched it, so that its errors are the adapter's.
     """
 
     model: OlmoForCausalLM
@@ -42,6 +57,7 @@ class Subject:
     bridge: TransformerBridge | None = None
     clamps: bool = False
     optional_hooks: tuple[str, ...] = ()
+    under_test: bool = True
 
 
 def _rope_parameters(model: ModelSpec) -> dict[str, Any]:
@@ -74,7 +90,9 @@ def hf_config(model: ModelSpec) -> OlmoConfig:
     """
     if model.hidden_act not in ACT2FN:
         raise SpecError("hidden_act", model.hidden_act, f"one of {sorted(ACT2FN)}")
-    head_dim = {} if model.head_dim is None else {"head_dim": model.head_dim}
+    extra: dict[str, Any] = {"attn_implementation": "eager"}
+    if model.head_dim is not None:
+        extra["head_dim"] = model.head_dim
     return OlmoConfig(
         hidden_size=model.hidden_size,
         intermediate_size=model.intermediate_size,
@@ -91,8 +109,7 @@ def hf_config(model: ModelSpec) -> OlmoConfig:
         clip_qkv=model.clip_qkv,
         pad_token_id=PAD_TOKEN,
         eos_token_id=None,
-        attn_implementation="eager",
-        **head_dim,
+        **extra,
     )
 
 
@@ -133,7 +150,8 @@ def make_adapter(adapter: type[ArchitectureAdapter], model: OlmoForCausalLM) -> 
 def reference(model: ModelSpec) -> Subject:
     """The pristine Hugging Face model."""
     built = hf_model(model)
-    return Subject(built, dict(built.named_parameters()), clamps=model.clip_qkv is not None)
+    clamps = model.clip_qkv is not None
+    return Subject(built, dict(built.named_parameters()), clamps=clamps, under_test=False)
 
 
 def patched(
@@ -149,7 +167,8 @@ def patched(
     built = hf_model(model)
     parameters = dict(built.named_parameters())
     mode = {} if exact_clip is None else {"exact_clip": exact_clip}
-    make_adapter(adapter, built).prepare_model(built, **mode)
+    with at_work("prepare_model"):
+        make_adapter(adapter, built).prepare_model(built, **mode)
     return Subject(built, parameters, clamps=bool(exact_clip) and model.clip_qkv is not None)
 
 
@@ -165,9 +184,10 @@ def bridged(
     """
     built = hf_model(model)
     parameters = dict(built.named_parameters())
-    made = make_adapter(adapter, built)
-    if prepared:
-        made.prepare_model(built)
-    bridge = TransformerBridge(built, made, None)
+    with at_work("building the bridge"):
+        made = make_adapter(adapter, built)
+        if prepared:
+            made.prepare_model(built)
+        bridge = TransformerBridge(built, made, None)
     declared = tuple(getattr(adapter, "optional_hooks", ()))
     return Subject(built, parameters, bridge=bridge, optional_hooks=declared)

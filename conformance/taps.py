@@ -1,10 +1,10 @@
 """Observe and edit a Hugging Face model at every place of the site table, from the outside.
 
 Module inputs and outputs are reached through PyTorch's own hooks. What happens inside attention is
-reached through Hugging Face's public registries (the attention function and its mask), a
-`Cache` subclass, and a `TorchFunctionMode` that sees the softmax, the dropout and the in-place clamp
-as they are called. No line of the model's code is copied, and a tapped model computes bit for bit
-what the bare one does, gradients included.
+reached through Hugging Face's public registries (the attention function and its mask), a `Cache`
+subclass, and a `TorchFunctionMode` that sees the softmax, the dropout and the in-place clamp as
+they are called. No line of the model's code is copied, and a tapped model computes bit for bit what
+the bare one does, gradients included.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The model's own eager attention, with its query and key shown to the active taps."""
-    eager = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    eager = sys.modules[type(module).__module__].eager_attention_forward
     taps = _ACTIVE.get()
     if taps is not None:
         layer = int(module.layer_idx)  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ class Taps(TorchFunctionMode):
 
     def _to_hook(self, layout: Layout, tensor: torch.Tensor) -> torch.Tensor:
         if layout is Layout.HEADS:
-            return tensor.unflatten(-1, (-1, self._d_head))
+            return tensor.reshape(*tensor.shape[:-1], -1, self._d_head)
         return tensor.transpose(1, 2) if layout is Layout.SWAPPED else tensor.view_as(tensor)
 
     def _from_hook(self, layout: Layout, tensor: torch.Tensor) -> torch.Tensor:

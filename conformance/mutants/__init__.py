@@ -1,0 +1,1 @@
+"""Deliberately broken bridges, each with the check that must kill it."""

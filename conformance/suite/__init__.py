@@ -1,0 +1,1 @@
+"""What pytest collects: each check as a property."""

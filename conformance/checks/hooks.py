@@ -1,0 +1,74 @@
+"""The hooks of a bridge: that they fire, what they carry, and the gradients they see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from conformance.checks.registry import Adapter, check
+from conformance.compare import Gap, compare_gradients, compare_values
+from conformance.observe import hook_points, observe, sites_of
+from conformance.sites import Status, sites
+from conformance.spec import Case
+from conformance.strategies import cases
+from conformance.subjects import bridged, reference
+
+
+@check(
+    "hooks.values",
+    "Every hook fires exactly once, in order, and carries the tensor that Hugging Face computes "
+    "there: value, layout and dtype.",
+    cases,
+    examples=1.5,
+)
+def values(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """All hooks of a bridge at once; observing them changes no logit."""
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    wanted = sites_of(subject, case)
+    expected = observe(reference(case.model), case, sites=wanted, backward=False)
+    actual = observe(subject, case, sites=wanted, backward=False)
+    yield from compare_values(expected, actual, wanted)
+
+
+@check(
+    "hooks.gradients",
+    "Every backward hook fires exactly once and sees the gradient that the reference has there.",
+    cases,
+    examples=1.5,
+)
+def gradients(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Backward hooks on every site but the LayerNorms' derived ones, which have a check."""
+    case = replace(case, run=replace(case.run, chunks=1))
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    wanted = {name: site for name, site in sites_of(subject, case).items() if not site.derived}
+    expected = observe(reference(case.model), case, sites=wanted)
+    actual = observe(subject, case, sites=wanted)
+    yield from compare_gradients(expected, actual, wanted)
+
+
+@check(
+    "hooks.names",
+    "Every hook of the table is there under its canonical name and all of its aliases, and no "
+    "other is.",
+    cases,
+    examples=0.1,
+)
+def names(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """The aliases are the same hook point, not another one that fires too."""
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    assert subject.bridge is not None
+    known, wanted = sites(case.model), sites_of(subject, case)
+    by_name, points = subject.bridge.hook_dict, hook_points(subject)
+    for name, site in known.items():
+        if site.status is Status.DEAD and name not in points:
+            continue
+        if site.status is Status.OPTIONAL and name not in wanted and name not in points:
+            continue
+        if name not in points:
+            yield Gap(name, "missing", "no hook point of this name")
+            continue
+        for alias in site.aliases:
+            if by_name.get(alias) is not points[name]:
+                yield Gap(alias, "missing", f"is not another name of {name}")
+    for name in points.keys() - known.keys():
+        yield Gap(name, "extra", "a hook point that neither the contract nor the adapter declares")

@@ -1,0 +1,195 @@
+"""From two observations to their gaps: every disagreement, in the order of execution."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from conformance.observe import Observation
+from conformance.sites import Site
+from conformance.tolerance import Allowance, exactly, of_site
+
+
+@dataclass(frozen=True)
+class Gap:
+    """One disagreement between a subject and the reference.
+
+    Attributes:
+        site: Hook name, parameter name, or what else was compared.
+        kind: missing, extra, order, count, shape, dtype, value, gradient or contract.
+        detail: What differs, in words and numbers.
+        greatest: Greatest absolute difference, where there is one.
+        index: Where it is.
+    """
+
+    site: str
+    kind: str
+    detail: str
+    greatest: float | None = None
+    index: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.site}: {self.kind}: {self.detail}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def compare_tensors(
+    name: str,
+    expected: torch.Tensor,
+    actual: torch.Tensor,
+    allowance: Allowance,
+    *,
+    kind: str = "value",
+    any_wider: bool = False,
+) -> Gap | None:
+    """Compare two tensors: shape, then dtype, then every entry. Two NaN in one place agree.
+
+    Args:
+        name: What the gap is called.
+        expected: The reference's tensor.
+        actual: The subject's.
+        allowance: How far an entry may be off.
+        kind: The kind of a gap between entries: ``value`` or ``gradient``.
+        any_wider: Accept float32 and float64 where the reference is shorter or float32: a derived
+            value has the precision it was recomputed in.
+    """
+    if actual.shape != expected.shape:
+        return Gap(name, "shape", f"{list(actual.shape)} instead of {list(expected.shape)}")
+    wider = any_wider and actual.dtype in (torch.float32, torch.float64)
+    if actual.dtype != expected.dtype and not wider:
+        return Gap(name, "dtype", f"{_short(actual.dtype)} instead of {_short(expected.dtype)}")
+    if torch.equal(actual, expected):
+        return None
+    wide_actual, wide_expected = actual.double(), expected.double()
+    difference = (wide_actual - wide_expected).abs()
+    same = (wide_actual == wide_expected) | (wide_actual.isnan() & wide_expected.isnan())
+    bound = allowance.atol + allowance.rtol * wide_expected.abs()
+    wrong = ~same & ~(difference <= bound)
+    count = int(wrong.sum())
+    if not count:
+        return None
+    # A NaN or an infinity on one side only is the greatest difference there is.
+    size = torch.where(wrong, difference.nan_to_num(nan=torch.inf), -1.0)
+    flat = int(size.argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), size.shape))
+    greatest = float(size.flatten()[flat])
+    relative = greatest / max(float(wide_expected.flatten()[flat].abs()), 1e-300)
+    where = f" at {index}" if index else ""
+    detail = (
+        f"{count} of {expected.numel()} differ, greatest {greatest:.1e}{where} "
+        f"(relative {relative:.1e}), allowed {allowance}"
+    )
+    return Gap(name, kind, detail, greatest, index)
+
+
+def compare_firing(expected: Iterable[str], actual: Iterable[str]) -> Iterator[Gap]:
+    """Each expected hook fires exactly once, no other fires, in the expected order."""
+    wanted, fired = list(expected), list(actual)
+    counts = Counter(fired)
+    for name in wanted:
+        if counts[name] == 0:
+            yield Gap(name, "missing", "never fired")
+        elif counts[name] > 1:
+            yield Gap(name, "count", f"fired {counts[name]} times instead of once")
+    known = set(wanted)
+    for name in dict.fromkeys(fired):
+        if name not in known:
+            yield Gap(name, "extra", "fired, but neither the contract nor the adapter declares it")
+    met = [name for name in dict.fromkeys(fired) if name in known]
+    due = [name for name in wanted if counts[name]]
+    for name, instead in zip(due, met, strict=True):
+        if name != instead:
+            yield Gap(instead, "order", f"fired where {name} was due")
+            return
+
+
+def in_order(sites: Mapping[str, Site], keys: Iterable[str]) -> list[str]:
+    """Observation keys, ``name`` or ``name#chunk``, in the order of execution."""
+    place = {name: index for index, name in enumerate(sites)}
+
+    def rank(key: str) -> tuple[int, int]:
+        name, _, chunk = key.partition("#")
+        return int(chunk or 0), place.get(name, len(place))
+
+    return sorted(keys, key=rank)
+
+
+def compare_values(
+    expected: Observation,
+    actual: Observation,
+    sites: Mapping[str, Site],
+    *,
+    due: Sequence[str] = (),
+) -> tuple[Gap, ...]:
+    """Firing, shape, dtype and value of every site, in the order of execution.
+
+    Args:
+        expected: The reference's observation.
+        actual: The subject's.
+        sites: The sites compared.
+        due: The order of firing; the table's order if empty. Taps fire in an order of their own.
+    """
+    due = due or in_order(sites, expected.values)
+    gaps = list(compare_firing(due, actual.fired))
+    for key in due:
+        if key in actual.values:
+            site = sites[key.partition("#")[0]]
+            wanted = expected.values[key]
+            allowance = of_site(site, wanted.dtype)
+            derived = bool(site.derived)
+            gap = compare_tensors(key, wanted, actual.values[key], allowance, any_wider=derived)
+            gaps += [gap] if gap else []
+    gap = compare_tensors("logits", expected.logits, actual.logits, exactly(expected.logits.dtype))
+    gaps += [gap] if gap else []
+    rank = {key: index for index, key in enumerate([*due, "logits"])}
+    return tuple(sorted(gaps, key=lambda gap: rank.get(gap.site, len(rank))))
+
+
+def compare_gradients(
+    expected: Observation, actual: Observation, sites: Mapping[str, Site]
+) -> tuple[Gap, ...]:
+    """Every site's gradient, and that it came exactly once, in the order of the backward pass."""
+    gaps: list[Gap] = []
+    counts = Counter(actual.fired_backward)
+    for name in reversed(in_order(sites, sites)):
+        if name not in expected.gradients:
+            if counts[name]:
+                gaps.append(Gap(name, "extra", "has a gradient that the reference has not"))
+        elif not counts[name]:
+            gaps.append(Gap(name, "missing", "no gradient reached the backward hook"))
+        elif counts[name] > 1:
+            gaps.append(Gap(name, "count", f"fired backwards {counts[name]} times"))
+        else:
+            wanted = expected.gradients[name]
+            allowance = of_site(sites[name], wanted.dtype)
+            gap = compare_tensors(
+                name,
+                wanted,
+                actual.gradients[name],
+                allowance,
+                kind="gradient",
+                any_wider=bool(sites[name].derived),
+            )
+            gaps += [gap] if gap else []
+    return tuple(gaps)
+
+
+def compare_parameters(expected: Observation, actual: Observation) -> tuple[Gap, ...]:
+    """The gradient of every parameter, last layers first."""
+    gaps: list[Gap] = []
+    for name in reversed(list(expected.parameter_gradients)):
+        wanted, got = expected.parameter_gradients[name], actual.parameter_gradients.get(name)
+        if wanted is None or got is None:
+            if wanted is not got:
+                has = "none" if got is None else "one"
+                gaps.append(Gap(name, "missing" if got is None else "extra", f"gradient: {has}"))
+            continue
+        gap = compare_tensors(name, wanted, got, exactly(wanted.dtype), kind="gradient")
+        gaps += [gap] if gap else []
+    return tuple(gaps)

@@ -1,0 +1,49 @@
+"""The fixture data: inside the wheel beside this file, in a checkout beside the package."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+from conformance.spec import ModelSpec, Record, load
+
+_HERE = Path(__file__).parent
+FIXTURES = _HERE / "fixtures" if (_HERE / "fixtures").is_dir() else _HERE.parent / "fixtures"
+
+
+@cache
+def _records() -> tuple[Record, ...]:
+    return tuple(load(path) for path in sorted((FIXTURES / "regressions").glob("*.json")))
+
+
+def regressions(check: str) -> list[Record]:
+    """The recorded cases of a check that once failed: replayed before any is drawn."""
+    return [record for record in _records() if record.check == check]
+
+
+def published() -> dict[str, ModelSpec]:
+    """The published OLMo v1 configurations, by checkpoint, cut down to what a test can hold.
+
+    Hidden size, head geometry, MLP width, positions, clip and tying are the published ones. One
+    layer stands for all, the vocabulary is smaller, and the weights are drawn.
+    """
+    specs = {}
+    for path in sorted((FIXTURES / "published").glob("*.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        specs[path.stem] = ModelSpec(
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_hidden_layers=1,
+            num_attention_heads=config["num_attention_heads"],
+            num_key_value_heads=config["num_key_value_heads"],
+            vocab_size=128,
+            max_position_embeddings=config["max_position_embeddings"],
+            hidden_act=config["hidden_act"],
+            rope_theta=config["rope_theta"],
+            tie_word_embeddings=config["tie_word_embeddings"],
+            clip_qkv=config["clip_qkv"],
+            # A clip of 8 at hidden size 4096 binds on a fifth of the entries at this scale.
+            weight_scale=0.1,
+        )
+    return specs

@@ -1,0 +1,57 @@
+"""How many cases are drawn, and whether they are the same every time. Light: no torch here.
+
+The choices travel through the environment, so that every process of a run makes the same ones:
+pytest-xdist's workers, and HypoFuzz, which knows nothing of pytest's options.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from conformance.spec import SpecError
+
+DEFAULT_ADAPTER = "adapter:OlmoArchitectureAdapter"
+ADAPTER_VARIABLE = "OLMO_CONFORMANCE_ADAPTER"
+PROFILE_VARIABLE = "OLMO_CONFORMANCE_PROFILE"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How a run draws.
+
+    Attributes:
+        name: What it is called.
+        examples: Cases of a check of weight 1.
+        deterministic: The same cases every time.
+        stores: Keep failing cases in Hypothesis' example database.
+    """
+
+    name: str
+    examples: int
+    deterministic: bool
+    stores: bool
+
+
+PROFILES = {
+    "ci": Profile("ci", 100, deterministic=True, stores=False),
+    "dev": Profile("dev", 60, deterministic=False, stores=True),
+    "deep": Profile("deep", 1000, deterministic=False, stores=True),
+}
+DEFAULT_PROFILE = "ci"
+
+
+def profile(name: str) -> Profile:
+    """The profile of a name.
+
+    Raises:
+        SpecError: If there is none.
+    """
+    if name not in PROFILES:
+        raise SpecError("profile", name, f"one of {sorted(PROFILES)}")
+    return PROFILES[name]
+
+
+def chosen() -> Profile:
+    """The profile that the environment names, or the default."""
+    return profile(os.environ.get(PROFILE_VARIABLE, DEFAULT_PROFILE))

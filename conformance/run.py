@@ -1,0 +1,187 @@
+"""Run checks over drawn cases: the one engine behind pytest, the command line and plain Python."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+
+import hypothesis
+from hypothesis import HealthCheck, Verbosity, given, settings
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+
+from conformance.checks import REGISTRY, Check, require
+from conformance.checks.registry import Adapter
+from conformance.profiles import ADAPTER_VARIABLE, DEFAULT_ADAPTER, Profile, chosen, profile
+from conformance.spec import Case, SpecError
+from conformance.verdict import ConformanceError, Outcome, Verdict
+
+UPSTREAM = "transformer_lens.model_bridge.supported_architectures.olmo:OlmoArchitectureAdapter"
+_FORM = "MODULE:CLASS, or upstream for the installed transformer_lens' own"
+
+
+def load_adapter(name: str) -> Adapter:
+    """The adapter class of a name.
+
+    Args:
+        name: ``module:Class``, or ``upstream``.
+
+    Raises:
+        SpecError: If there is no such module or class, or it is no `ArchitectureAdapter`.
+    """
+    module_name, colon, class_name = (UPSTREAM if name == "upstream" else name).partition(":")
+    if not (module_name and colon and class_name):
+        raise SpecError("adapter", name, _FORM)
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise SpecError("adapter", name, f"{_FORM}; cannot import: {error}") from None
+    found = getattr(module, class_name, None)
+    if found is None:
+        raise SpecError("adapter", name, f"{_FORM}; {module_name} has no {class_name}")
+    if not (inspect.isclass(found) and issubclass(found, ArchitectureAdapter)):
+        allowed = "a subclass of transformer_lens' ArchitectureAdapter"
+        raise SpecError("adapter", name, allowed)
+    return found
+
+
+def selected_adapter() -> Adapter:
+    """The adapter that the environment names (the pytest plugin puts it there), or ours."""
+    return load_adapter(os.environ.get(ADAPTER_VARIABLE, DEFAULT_ADAPTER))
+
+
+def select_checks(names: Iterable[str]) -> list[Check]:
+    """Checks by name or by surface (``hooks`` is all of ``hooks.*``); all of them if none is named.
+
+    Raises:
+        SpecError: If a name matches none.
+    """
+    names = list(names)
+    picked = dict.fromkeys(REGISTRY.values()) if not names else {}
+    for name in names:
+        matching = [c for c in REGISTRY.values() if c.name == name or c.name.split(".")[0] == name]
+        if not matching:
+            raise SpecError("check", name, f"one of {sorted(REGISTRY)}")
+        picked.update(dict.fromkeys(matching))
+    return list(picked)
+
+
+def property_settings(check: Check, on: Profile | None = None) -> settings:
+    """Hypothesis' settings of a check under a profile; the chosen one if none is given."""
+    on = on or chosen()
+    bound = settings(
+        max_examples=max(1, round(on.examples * check.examples)),
+        derandomize=on.deterministic,
+        deadline=None,
+        print_blob=not on.deterministic,
+        report_multiple_bugs=False,
+        # A case builds whole models: slow by nature.
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    return bound if on.stores else settings(bound, database=None)
+
+
+def versions() -> dict[str, str]:
+    """The versions of what is judged and what judges."""
+    found = {}
+    for name in ("olmo-conformance", "transformer-lens", "transformers", "torch", "hypothesis"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@dataclass
+class _Tally:
+    """What the examples of one check came to so far."""
+
+    examples: int = 0
+    applied: int = 0
+    last: Verdict | None = None
+
+
+def run_check(
+    check: Check,
+    adapter: Adapter,
+    *,
+    on: Profile,
+    seed: int | None = None,
+    each: Callable[[], None] = lambda: None,
+) -> Verdict:
+    """Draw cases and judge each, until one fails; a failing one is shrunk.
+
+    Args:
+        check: What to judge.
+        adapter: Whom.
+        on: How many cases, and whether they are the same every time.
+        seed: Seed of the draws, instead of the profile's.
+        each: Called after every case.
+    """
+    tally, start = _Tally(), time.perf_counter()
+
+    def one(case: Case) -> None:
+        tally.examples += 1
+        try:
+            tally.last = require(check, adapter, case)
+            tally.applied += tally.last.outcome is not Outcome.NOT_APPLICABLE
+        finally:
+            each()
+
+    bound = settings(property_settings(check, on), verbosity=Verbosity.quiet, database=None)
+    if seed is not None:
+        bound = settings(bound, derandomize=False)
+    drawn = bound(given(case=check.cases())(one))
+    try:
+        (drawn if seed is None else hypothesis.seed(seed)(drawn))()
+        assert tally.last is not None, "a strategy that draws nothing"
+        passed = Outcome.PASSED if tally.applied else Outcome.NOT_APPLICABLE
+        verdict = replace(tally.last, outcome=passed)
+    except ConformanceError as error:
+        verdict = error.verdict
+    seconds = time.perf_counter() - start
+    return replace(verdict, examples=tally.examples, seconds=seconds)
+
+
+def check_adapter(
+    adapter: Adapter | str = DEFAULT_ADAPTER,
+    *,
+    checks: Iterable[str] = (),
+    profile_name: str = "ci",
+    seed: int | None = None,
+) -> list[Verdict]:
+    """Judge an adapter, with no pytest: the same checks, cases and verdicts.
+
+    Args:
+        adapter: An `ArchitectureAdapter` subclass, its ``module:Class``, or ``upstream``.
+        checks: Names of checks or of surfaces; all if empty.
+        profile_name: ``ci``, ``dev`` or ``deep``.
+        seed: Seed of the draws; None leaves it to the profile (``ci`` always draws the same).
+
+    Returns:
+        One verdict a check, in the registry's order.
+
+    Raises:
+        SpecError: If the adapter, a check or the profile does not exist.
+    """
+    return list(iter_verdicts(adapter, checks=checks, on=profile(profile_name), seed=seed))
+
+
+def iter_verdicts(
+    adapter: Adapter | str,
+    *,
+    checks: Iterable[str],
+    on: Profile,
+    seed: int | None,
+    starting: Callable[[Check, int], None] = lambda check, examples: None,
+    each: Callable[[], None] = lambda: None,
+) -> Iterator[Verdict]:
+    """As `check_adapter`, one verdict at a time, with word of what starts and what is done."""
+    judged = load_adapter(adapter) if isinstance(adapter, str) else adapter
+    for check in select_checks(checks):
+        starting(check, property_settings(check, on).max_examples)
+        yield run_check(check, judged, on=on, seed=seed, each=each)

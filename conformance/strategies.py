@@ -1,0 +1,284 @@
+"""Hypothesis strategies for models, runs, cases and edits, aimed at where faults hide.
+
+Most faults of a bridge are invisible on a plain multi-head float32 model without padding. So the
+defaults draw every odd setting on purpose, and each independently of the others: a clip that binds
+meets grouped heads, some of the biases and every dtype. A valid value is built, none is filtered
+out, so a narrower strategy costs no more than the default one::
+
+    cases(models=model_specs(dtypes=st.just("float32"), clips=clip_binding()))
+    cases(runs=partial(run_specs, paddings=st.just("left"), trainings=st.just(True)))
+    cases(runs=lambda model: run_specs(
+        model, edits=st.tuples(edits(sites=st.sampled_from(list(observable(model)))))))
+
+Everything shrinks towards the smallest plain OLMo: one layer, one head, one row of one token,
+float32, no clip, no bias, no padding, seed 0. The simplest stands first in each `sampled_from`;
+what stands there more than once is drawn more often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import combinations
+from math import sqrt
+from typing import TypeVar
+
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+
+from conformance.spec import (
+    DTYPES,
+    EDITS,
+    PADDINGS,
+    POSITIONS,
+    PROJECTIONS,
+    ROPE_TYPES,
+    Case,
+    Edit,
+    ModelSpec,
+    RunSpec,
+)
+
+MAX_WIDTH = 24  # of all heads together
+
+Value = TypeVar("Value")
+
+
+def _mostly(first: Value, *others: Value) -> SearchStrategy[Value]:
+    """The first value half of the time, the others evenly. Shrinks towards the first."""
+    return st.sampled_from((first,) * len(others) + others)
+
+
+# Heads and key-value heads. Every way of grouping has its own fault: a repeat left out or in the
+# wrong order (1 < n_kv < n_heads), groups of odd size, an odd number of them, a single one.
+_GROUPED = ((4, 2), (6, 3), (6, 2))
+
+# Clips in units of the projections' standard deviation. A normal entry exceeds the binding ones
+# with a chance of 32%, 62%, 13% and 84%; (nearly) every entry exceeds the total ones.
+_BINDING = (1.0, 0.5, 1.5, 0.2)
+_TOTAL = (1e-3, 0.0)
+_FAR = 100.0
+
+_SOME_BIASES = tuple(some for size in (1, 2, 3) for some in combinations(PROJECTIONS, size))
+
+# Hypothesis takes two choices among equal elements for choices of the same thing, and spends five
+# draws of six on copying one over the other: near copies of one case. So no two of the defaults
+# below have equal elements. Nor is any a `one_of`, which shrinks to whatever makes fewer choices.
+
+# The defaults of `model_specs`.
+HEADS = st.sampled_from(((1, 1), (2, 2), (2, 1), (3, 3), (3, 1), *_GROUPED))
+HEAD_DIMS = st.sampled_from((2, 4, 6, 8))
+# ``divided`` leaves head_dim to Hugging Face: n_heads * head_dim == hidden_size, so a square W_O,
+# whose transposition no shape shows. ``stated`` is the same with its head_dim written down, and
+# ``free`` draws a hidden_size that has nothing to do with the heads.
+GEOMETRIES = _mostly("divided", "free", "stated")
+HIDDEN_SIZES = st.sampled_from(range(2, 25))  # not 1: a LayerNorm leaves nothing of one entry
+INTERMEDIATE_SIZES = st.sampled_from(range(2, 24))
+LAYERS = st.sampled_from((1, 1, 1, 2, 2, 2, 3))
+VOCABULARIES = st.sampled_from(range(3, 30))  # in a small one the pad token, 1, is a frequent word
+ROOMS = st.sampled_from(range(4, 25))
+ACTIVATIONS = _mostly("silu", "gelu", "relu", "gelu_pytorch_tanh")
+ROPES = _mostly(*ROPE_TYPES)
+THETAS = _mostly(10_000.0, 100.0, 500_000.0)
+TIES = st.sampled_from((False, False, True))
+DROPOUTS = _mostly(0.0, 0.1, 0.5)
+CLIPS: SearchStrategy[float | None] = st.sampled_from((None, None, *_BINDING, *_TOTAL, _FAR))
+BIASES = st.sampled_from(((),) * 14 + _SOME_BIASES + (PROJECTIONS,) * 14)
+DTYPE_NAMES = st.sampled_from(DTYPES)
+SCALES = _mostly(0.3, 0.2, 0.45)
+WEIGHT_SEEDS = st.sampled_from(range(2**20))
+
+# The defaults of `run_specs`. Of the lengths, the last is cut to the room that the model has.
+LENGTHS = st.sampled_from((1, *range(1, 10), 24, 24, 24))
+BATCHES = st.sampled_from(range(1, 5))  # the padding ``rows`` needs four to get to its gap
+PADDING_KINDS = _mostly(*PADDINGS)
+POSITION_KINDS = _mostly(*POSITIONS)
+CACHES = st.sampled_from((False, True))
+CHUNKS = st.sampled_from(range(1, 4))
+TRAININGS = st.sampled_from((False, False, True, True))
+PREPARATIONS = st.sampled_from((True, False))
+TOKEN_SEEDS = st.sampled_from(range(2**18))
+
+EDIT_KINDS = st.sampled_from(EDITS)
+EDIT_SEEDS = st.sampled_from(range(2**16))
+NO_EDITS: SearchStrategy[tuple[Edit, ...]] = st.just(())
+
+
+def grouped_heads() -> SearchStrategy[tuple[int, int]]:
+    """Heads and key-value heads with ``1 < n_kv < n_heads``. Shrinks towards fewer of them."""
+    return st.sampled_from(_GROUPED)
+
+
+def clip_binding() -> SearchStrategy[float | None]:
+    """Clips that bind on some entries and not on others. Shrinks towards one deviation."""
+    return st.sampled_from(_BINDING)
+
+
+def clip_total() -> SearchStrategy[float | None]:
+    """Clips that bind on every entry: tiny ones, and 0.0, which Hugging Face takes for a clamp."""
+    return st.sampled_from(_TOTAL)
+
+
+def clip_inactive() -> SearchStrategy[float | None]:
+    """A clip that no entry reaches, so that it must change nothing."""
+    return st.just(_FAR)
+
+
+def clip_present() -> SearchStrategy[float | None]:
+    """Clips of every kind, but always one. Shrinks towards one that binds."""
+    return st.sampled_from((*_BINDING, *_TOTAL, _FAR))
+
+
+@st.composite
+def model_specs(
+    draw: DrawFn,
+    *,
+    heads: SearchStrategy[tuple[int, int]] = HEADS,
+    head_dims: SearchStrategy[int] = HEAD_DIMS,
+    geometries: SearchStrategy[str] = GEOMETRIES,
+    layers: SearchStrategy[int] = LAYERS,
+    rooms: SearchStrategy[int] = ROOMS,
+    activations: SearchStrategy[str] = ACTIVATIONS,
+    rope_types: SearchStrategy[str] = ROPES,
+    ties: SearchStrategy[bool] = TIES,
+    dropouts: SearchStrategy[float] = DROPOUTS,
+    clips: SearchStrategy[float | None] = CLIPS,
+    biases: SearchStrategy[tuple[str, ...]] = BIASES,
+    dtypes: SearchStrategy[str] = DTYPE_NAMES,
+) -> ModelSpec:
+    """Tiny models. Shrinks towards one layer, one head of two entries and a plain float32 OLMo.
+
+    Args:
+        draw: Given by Hypothesis.
+        heads: Pairs of a number of heads and a divisor of it, the number of key-value heads.
+        head_dims: Even sizes of a head, cut so that all heads fit into `MAX_WIDTH`.
+        geometries: ``divided``, ``stated`` or ``free``: how hidden_size and heads are related.
+        layers: Numbers of blocks.
+        rooms: Values of max_position_embeddings.
+        activations: Names of the MLP's activation.
+        rope_types: Of `ROPE_TYPES`.
+        ties: Whether the unembedding is the embedding.
+        dropouts: Of the attention; nothing comes of them outside train mode.
+        clips: Clips in units of the projections' standard deviation, or None for no clamp.
+        biases: Which of the projections have one.
+        dtypes: Of `DTYPES`.
+    """
+    n_heads, n_kv = draw(heads)
+    d_head = min(draw(head_dims), MAX_WIDTH // n_heads // 2 * 2)
+    rope_type = draw(rope_types)
+    if rope_type == "dynamic":
+        d_head = max(d_head, 4)  # Hugging Face divides by d_head - 2
+    rope_type = draw(rope_types)
+    if rope_type == "dynamic" and d_head == 2:  # it divides by d_head - 2
+        rope_type = "default"
+    geometry = draw(geometries)
+    hidden = draw(HIDDEN_SIZES) if geometry == "free" else n_heads * d_head
+    scale, clip = draw(SCALES), draw(clips)
+    if clip is not None:
+        # A projection sees a LayerNorm's output: entries of size one. Rounded to be readable.
+        clip = float(f"{clip * scale * sqrt(hidden):.3g}")
+    return ModelSpec(
+        hidden_size=hidden,
+        intermediate_size=draw(INTERMEDIATE_SIZES),
+        num_hidden_layers=draw(layers),
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_kv,
+        head_dim=None if geometry == "divided" else d_head,
+        vocab_size=draw(VOCABULARIES),
+        max_position_embeddings=draw(rooms),
+        hidden_act=draw(activations),
+        rope_type=rope_type,
+        rope_theta=draw(THETAS),
+        tie_word_embeddings=draw(ties),
+        attention_dropout=draw(dropouts),
+        clip_qkv=clip,
+        biases=draw(biases),
+        dtype=draw(dtypes),
+        weight_seed=draw(WEIGHT_SEEDS),
+        weight_scale=scale,
+    )
+
+
+@st.composite
+def edits(
+    draw: DrawFn,
+    *,
+    sites: SearchStrategy[str],
+    kinds: SearchStrategy[str] = EDIT_KINDS,
+) -> Edit:
+    """An intervention at one of the given sites. Shrinks towards the first, left as it is."""
+    return Edit(site=draw(sites), kind=draw(kinds), seed=draw(EDIT_SEEDS))
+
+
+@st.composite
+def run_specs(
+    draw: DrawFn,
+    model: ModelSpec,
+    *,
+    batches: SearchStrategy[int] = BATCHES,
+    lengths: SearchStrategy[int] = LENGTHS,
+    paddings: SearchStrategy[str] = PADDING_KINDS,
+    positions: SearchStrategy[str] = POSITION_KINDS,
+    caches: SearchStrategy[bool] = CACHES,
+    chunks: SearchStrategy[int] = CHUNKS,
+    trainings: SearchStrategy[bool] = TRAININGS,
+    preparations: SearchStrategy[bool] = PREPARATIONS,
+    edits: SearchStrategy[tuple[Edit, ...]] = NO_EDITS,
+) -> RunSpec:
+    """Runs of a model. Shrinks towards one row of one token, no padding, no cache, eval mode.
+
+    Args:
+        draw: Given by Hypothesis.
+        model: What is to be run.
+        batches: Numbers of rows.
+        lengths: Numbers of tokens in a row, cut to the positions that the model has.
+        paddings: Of `PADDINGS`; where a float64 model cannot bear one it is ``right`` instead.
+        positions: Of `POSITIONS`.
+        caches: Whether there is a key-value cache.
+        chunks: Numbers of forwards over a cache, cut to the number of tokens; 1 without a cache.
+        trainings: Whether the run is in train mode, which shows only through a model's dropout.
+        preparations: Whether ``prepare_model`` runs before the model is bridged.
+        edits: The interventions, all of them.
+    """
+    length = min(draw(lengths), model.max_position_embeddings)
+    padding = draw(paddings)
+    # A row that begins with a pad has a query that sees no key. Hugging Face's own float64 model
+    # makes NaN of it: the mask's finfo(float64).min is -inf in its float32 softmax.
+    blind = padding in ("left", "rows") or (padding == "gap" and length == 2)
+    if blind and model.dtype == "float64":
+        padding = "right"
+    cached = draw(caches)
+    return RunSpec(
+        token_seed=draw(TOKEN_SEEDS),
+        batch=draw(batches),
+        seq_len=length,
+        padding=padding,
+        positions=draw(positions),
+        use_cache=cached,
+        chunks=min(draw(chunks), length) if cached else 1,
+        training=draw(trainings),
+        prepared=draw(preparations),
+        edits=draw(edits),
+    )
+
+
+@st.composite
+def cases(
+    draw: DrawFn,
+    *,
+    models: SearchStrategy[ModelSpec] | None = None,
+    runs: Callable[[ModelSpec], SearchStrategy[RunSpec]] = run_specs,
+) -> Case:
+    """A model and a run of it. Shrinks towards the smallest of both.
+
+    Args:
+        draw: Given by Hypothesis.
+        models: The models; None draws from all of `model_specs`.
+        runs: Given a model, the runs of it: `run_specs` or a narrower form of it.
+    """
+    model = draw(models if models is not None else model_specs())
+    return Case(model=model, run=draw(runs(model)))
+
+
+def clipped_cases() -> SearchStrategy[Case]:
+    """Cases whose model always has a clip, of any kind."""
+    return cases(models=model_specs(clips=clip_present()))

@@ -1,0 +1,7 @@
+from conformance.checks import gradients
+from conformance.suite.properties import as_test
+
+test_parameters = as_test(gradients.parameters)
+test_patched_default = as_test(gradients.patched_default)
+test_patched_exact = as_test(gradients.patched_exact)
+test_full_backward_hooks = as_test(gradients.full_backward_hooks)
