@@ -79,11 +79,12 @@ def compare_tensors(
     flat = int(size.argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), size.shape))
     greatest = float(size.flatten()[flat])
-    relative = greatest / max(float(wide_expected.flatten()[flat].abs()), 1e-300)
+    size_there = float(wide_expected.flatten()[flat].abs())
+    relative = f" (relative {greatest / size_there:.1e})" if size_there else ""
     where = f" at {index}" if index else ""
     detail = (
-        f"{count} of {expected.numel()} differ, greatest {greatest:.1e}{where} "
-        f"(relative {relative:.1e}), allowed {allowance}"
+        f"{count} of {expected.numel()} differ, greatest {greatest:.1e}{where}{relative}, "
+        f"allowed {allowance}"
     )
     return Gap(name, kind, detail, greatest, index)
 

@@ -17,11 +17,13 @@ from conformance.profiles import (
     ADAPTER_VARIABLE,
     DEFAULT_ADAPTER,
     DEFAULT_PROFILE,
+    DTYPES_VARIABLE,
     PROFILE_VARIABLE,
     PROFILES,
     chosen,
+    chosen_dtypes,
 )
-from conformance.spec import DTYPES
+from conformance.spec import DTYPES, SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -44,6 +46,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="ci: the same cases every time; dev: few random ones; deep: many random ones "
         f"(default: {DEFAULT_PROFILE}).",
     )
+    group.addoption(
+        "--dtypes",
+        metavar="NAME,NAME",
+        help=f"Draw models of these dtypes only (default: {','.join(DTYPES)}).",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -51,17 +58,20 @@ def pytest_configure(config: pytest.Config) -> None:
     for option, variable in (
         ("--adapter", ADAPTER_VARIABLE),
         ("--conformance-profile", PROFILE_VARIABLE),
+        ("--dtypes", DTYPES_VARIABLE),
     ):
         if config.getoption(option):
             os.environ[variable] = config.getoption(option)
-    if config.getoption("--adapter") and not hasattr(config, "workerinput"):
-        from conformance.run import load_adapter
-        from conformance.spec import SpecError
+    if hasattr(config, "workerinput"):
+        return
+    try:
+        chosen_dtypes()
+        if config.getoption("--adapter"):
+            from conformance.run import load_adapter
 
-        try:
             load_adapter(config.getoption("--adapter"))
-        except SpecError as error:
-            raise pytest.UsageError(str(error)) from None
+    except SpecError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
 def _concerned(config: pytest.Config) -> bool:
@@ -87,7 +97,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [
         f"conformance of: {os.environ.get(ADAPTER_VARIABLE, DEFAULT_ADAPTER)}",
         "with: " + ", ".join(_version(name) for name in packages),
-        f"dtypes: {', '.join(DTYPES)}; profile: {profile.name} "
+        f"dtypes: {', '.join(chosen_dtypes())}; profile: {profile.name} "
         f"({profile.examples} examples a check of weight 1, {drawn})",
     ]
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from conformance.spec import SpecError
+from conformance.spec import DTYPES, SpecError
 
 DEFAULT_ADAPTER = "adapter:OlmoArchitectureAdapter"
 ADAPTER_VARIABLE = "OLMO_CONFORMANCE_ADAPTER"
 PROFILE_VARIABLE = "OLMO_CONFORMANCE_PROFILE"
+DTYPES_VARIABLE = "OLMO_CONFORMANCE_DTYPES"
 
 
 @dataclass(frozen=True)
@@ -55,3 +56,20 @@ def profile(name: str) -> Profile:
 def chosen() -> Profile:
     """The profile that the environment names, or the default."""
     return profile(os.environ.get(PROFILE_VARIABLE, DEFAULT_PROFILE))
+
+
+def dtypes(names: str) -> tuple[str, ...]:
+    """The dtypes of a comma-separated list, simplest first.
+
+    Raises:
+        SpecError: If one is unknown, or there is none.
+    """
+    picked = [name.strip() for name in names.split(",") if name.strip()]
+    if not picked or not set(picked) <= set(DTYPES):
+        raise SpecError("dtypes", names, f"a comma-separated choice of {DTYPES}")
+    return tuple(name for name in DTYPES if name in picked)
+
+
+def chosen_dtypes() -> tuple[str, ...]:
+    """The dtypes that the environment names, or all."""
+    return dtypes(os.environ.get(DTYPES_VARIABLE, ",".join(DTYPES)))

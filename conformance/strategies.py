@@ -25,8 +25,8 @@ from typing import TypeVar
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
+from conformance.profiles import chosen_dtypes
 from conformance.spec import (
-    DTYPES,
     EDITS,
     PADDINGS,
     POSITIONS,
@@ -83,7 +83,6 @@ TIES = st.sampled_from((False, False, True))
 DROPOUTS = _mostly(0.0, 0.1, 0.5)
 CLIPS: SearchStrategy[float | None] = st.sampled_from((None, None, *_BINDING, *_TOTAL, _FAR))
 BIASES = st.sampled_from(((),) * 14 + _SOME_BIASES + (PROJECTIONS,) * 14)
-DTYPE_NAMES = st.sampled_from(DTYPES)
 SCALES = _mostly(0.3, 0.2, 0.45)
 WEIGHT_SEEDS = st.sampled_from(range(2**20))
 
@@ -143,7 +142,7 @@ def model_specs(
     dropouts: SearchStrategy[float] = DROPOUTS,
     clips: SearchStrategy[float | None] = CLIPS,
     biases: SearchStrategy[tuple[str, ...]] = BIASES,
-    dtypes: SearchStrategy[str] = DTYPE_NAMES,
+    dtypes: SearchStrategy[str] | None = None,
 ) -> ModelSpec:
     """Tiny models. Shrinks towards one layer, one head of two entries and a plain float32 OLMo.
 
@@ -160,7 +159,7 @@ def model_specs(
         dropouts: Of the attention; nothing comes of them outside train mode.
         clips: Clips in units of the projections' standard deviation, or None for no clamp.
         biases: Which of the projections have one.
-        dtypes: Of `DTYPES`.
+        dtypes: Of `DTYPES`; None draws from those chosen for this run.
     """
     n_heads, n_kv = draw(heads)
     d_head = min(draw(head_dims), MAX_WIDTH // n_heads // 2 * 2)
@@ -192,7 +191,7 @@ def model_specs(
         attention_dropout=draw(dropouts),
         clip_qkv=clip,
         biases=draw(biases),
-        dtype=draw(dtypes),
+        dtype=draw(st.sampled_from(chosen_dtypes()) if dtypes is None else dtypes),
         weight_seed=draw(WEIGHT_SEEDS),
         weight_scale=scale,
     )

@@ -19,7 +19,7 @@ class Outcome(Enum):
 
 
 class NotApplicable(Exception):  # noqa: N818 - no fault of anybody
-    """The check has nothing to judge here: the reason says why."""
+    """The check has nothing to judge of this adapter, whatever the case: the reason says why."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Verdict:
         if not self.gaps:
             return self.reason
         first, later = self.gaps[0], len({gap.site for gap in self.gaps[1:]})
-        return f"{first}" + (f"; {later} later sites differ" if later else "")
+        others = f"; {later} later site{'s differ' if later > 1 else ' differs'}" if later else ""
+        return f"{first}{others}"
 
     def record(self, versions: dict[str, str] | None = None) -> Record:
         """The verdict's case as it is put on file."""

@@ -17,7 +17,7 @@ from conformance.compare import (
     compare_tensors,
     compare_values,
 )
-from conformance.observe import Observation, observe
+from conformance.observe import Observation, observe, sites_of
 from conformance.sites import Site, observable
 from conformance.spec import Case
 from conformance.strategies import cases, clipped_cases
@@ -45,6 +45,26 @@ def parameters(adapter: Adapter, case: Case) -> Iterator[Gap]:
 
 def _all_gaps(expected: Observation, actual: Observation, wanted: dict[str, Site]) -> Iterator[Gap]:
     yield from compare_values(expected, actual, wanted, due=expected.fired)
+    yield from compare_gradients(expected, actual, wanted)
+    yield from compare_parameters(expected, actual)
+
+
+@check(
+    "gradients.everywhere",
+    "With a forward and a backward hook on every site at once, all values, all gradients and all "
+    "parameter gradients are still the reference's.",
+    cases,
+    examples=0.5,
+)
+def everywhere(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """One forward and backward with everything on it, but the LayerNorms' derived sites."""
+    case = replace(case, run=replace(case.run, chunks=1))
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    wanted = {name: site for name, site in sites_of(subject, case).items() if not site.derived}
+    every = sites_of(subject, case)
+    expected = observe(reference(case.model), case, sites=every)
+    actual = observe(subject, case, sites=wanted)
+    yield from compare_values(expected, actual, every)
     yield from compare_gradients(expected, actual, wanted)
     yield from compare_parameters(expected, actual)
 

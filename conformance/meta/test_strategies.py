@@ -338,7 +338,7 @@ FAULTS: dict[str, tuple[Callable[[Case], bool], dict[str, object], dict[str, obj
 
 
 def shrunk(strategy: SearchStrategy[Case], fault: Callable[[Case], bool]) -> Case:
-    quiet = settings(max_examples=1000, database=None, deadline=None)
+    quiet = settings(max_examples=300, database=None, deadline=None)
     return find(strategy, fault, settings=quiet, random=Random(0))
 
 
@@ -353,20 +353,10 @@ def test_shrinks_to_the_smallest_case(fault: str) -> None:
 
 
 def test_shrinks_a_measured_fault() -> None:
-    """A clamp that somebody forgot: the fault shows in numbers, not in the spec."""
-
-    def shows(case: Case) -> bool:
-        if case.model.clip_qkv is None:
-            return False
-        forgotten = observe(reference(case.model.without_clip()), case, backward=False)
-        return not torch.equal(
-            observe(reference(case.model), case, backward=False).logits, forgotten.logits
-        )
-
-    case = shrunk(cases(), shows)
-    assert (case.model.num_hidden_layers, case.model.num_attention_heads) == (1, 1)
-    assert (case.run.batch, case.run.seq_len, case.run.padding) == (1, 1, "none")
-    assert (case.model.dtype, case.model.biases) == ("float32", ())
+    """A fault that shows in numbers and not in the spec: the clamp changes an entry."""
+    expected = dataclasses.replace(SMALLEST.model, clip_qkv=0.424)
+    found = shrunk(cases(), lambda case: case.model.clip_qkv is not None and bound(case) > 0)
+    assert found == Case(model=expected, run=SMALLEST.run)
 
 
 def test_edit_shrinks_to_the_first_site_left_alone() -> None:
