@@ -184,20 +184,19 @@ class Taps(TorchFunctionMode):
         return hook
 
     def _rescaled(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """The LayerNorm's output with its denominator shown, and recomputed only if edited.
+        """The LayerNorm's output with its denominator shown, and recomputed where it is edited.
 
-        Not edited, the two quotients cancel exactly, in value and in the gradient of ``x``, and
-        yet the denominator has the gradient that it has in a computation from scratch.
+        Where it is not, the two quotients cancel exactly, in value and in the gradient of ``x``,
+        and yet the denominator has the gradient that it has in a computation from scratch.
         """
         wide = x.float()
         centered = wide - wide.mean(-1, keepdim=True)
         scale = (centered.pow(2).mean(-1, keepdim=True) + LAYER_NORM_EPS).sqrt()
         (site,) = self._ports[name, Port.SCALE]
-        shown = self._to_hook(Layout.SAME, scale)
-        seen = self._visit(site.name, shown)
-        if seen is not shown:
-            return (centered / seen).to(x.dtype)
-        return output + (centered / seen - centered / scale).to(x.dtype)
+        seen = self._visit(site.name, self._to_hook(Layout.SAME, scale))
+        rebuilt = centered / seen
+        kept = output + (rebuilt - centered / scale).to(x.dtype)
+        return torch.where(seen == scale, kept, rebuilt.to(x.dtype))
 
     @contextmanager
     def attached(self) -> Iterator[None]:

@@ -44,8 +44,13 @@ from conformance.strategies import (
 )
 from conformance.subjects import PAD_TOKEN, reference
 
+torch.set_num_threads(1)  # on tiny tensors, threads only wait for each other
+
 DRAWS = 200
 ENOUGH = 3
+
+# The defaults, whatever dtypes this run of pytest was told to judge.
+EVERYTHING = cases(models=model_specs(dtypes=st.sampled_from(DTYPES)))
 
 
 def sample(strategy: SearchStrategy[Case], draws: int = DRAWS) -> list[Case]:
@@ -63,7 +68,7 @@ def sample(strategy: SearchStrategy[Case], draws: int = DRAWS) -> list[Case]:
 
 @cache
 def drawn() -> tuple[Case, ...]:
-    return tuple(sample(cases()))
+    return tuple(sample(EVERYTHING))
 
 
 @cache
@@ -227,7 +232,7 @@ def test_draws_are_no_copies_of_each_other() -> None:
 
 
 def test_sampling_is_deterministic() -> None:
-    assert sample(cases()) == list(drawn())
+    assert sample(EVERYTHING) == list(drawn())
 
 
 class TestNarrowed:
@@ -349,13 +354,13 @@ def test_shrinks_to_the_smallest_case(fault: str) -> None:
         model=dataclasses.replace(SMALLEST.model, **model),  # type: ignore[arg-type]
         run=dataclasses.replace(SMALLEST.run, **run),  # type: ignore[arg-type]
     )
-    assert shrunk(cases(), shows) == expected
+    assert shrunk(EVERYTHING, shows) == expected
 
 
 def test_shrinks_a_measured_fault() -> None:
     """A fault that shows in numbers and not in the spec: the clamp changes an entry."""
     expected = dataclasses.replace(SMALLEST.model, clip_qkv=0.424)
-    found = shrunk(cases(), lambda case: case.model.clip_qkv is not None and bound(case) > 0)
+    found = shrunk(EVERYTHING, lambda case: case.model.clip_qkv is not None and bound(case) > 0)
     assert found == Case(model=expected, run=SMALLEST.run)
 
 

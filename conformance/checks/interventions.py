@@ -1,0 +1,108 @@
+"""Edits: a hook that changes a tensor has the effect that the same change has on the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from hypothesis import strategies as st
+from hypothesis.strategies import DrawFn, SearchStrategy
+
+from conformance.checks.registry import Adapter, check
+from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values
+from conformance.observe import observe, sites_of
+from conformance.sites import observable
+from conformance.spec import EDITS, Case, Edit, ModelSpec, RunSpec
+from conformance.strategies import cases, edits, run_specs
+from conformance.subjects import bridged, reference
+
+_RETURNED = tuple(kind for kind in EDITS if kind != "in_place")
+
+
+def edited_runs(
+    model: ModelSpec, *, kinds: tuple[str, ...] = _RETURNED, most: int = 2
+) -> SearchStrategy[RunSpec]:
+    """Runs with one edit or several, each at another site of the model.
+
+    Args:
+        model: The model, whose sites are edited.
+        kinds: Kinds of edits.
+        most: Greatest number of edits at once.
+    """
+    names = st.sampled_from(sorted(observable(model)))
+    each = edits(sites=names, kinds=st.sampled_from(kinds))
+    some = st.lists(each, min_size=1, max_size=most, unique_by=lambda edit: edit.site)
+    return run_specs(model, edits=some.map(tuple))
+
+
+def edited_cases() -> SearchStrategy[Case]:
+    """Cases with one or two edits that return a tensor."""
+    return cases(runs=edited_runs)
+
+
+def in_place_cases() -> SearchStrategy[Case]:
+    """Cases with one edit that changes the tensor where it lies."""
+    return cases(runs=lambda model: edited_runs(model, kinds=("in_place",), most=1))
+
+
+@check(
+    "interventions.returned",
+    "An edit that a hook returns, at any site, has on every later value, on the logits and on "
+    "every gradient the effect that it has where Hugging Face computes the tensor.",
+    edited_cases,
+    examples=2.0,
+)
+def returned(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """One or two edits at once, backward hooks on everything but the LayerNorms' derived sites."""
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    every = sites_of(subject, case)
+    plain = {name: site for name, site in every.items() if not site.derived}
+    expected = observe(reference(case.model), case, sites=every)
+    actual = observe(subject, case, sites=plain)
+    yield from compare_values(expected, actual, every)
+    if case.run.chunks == 1:
+        yield from compare_gradients(expected, actual, plain)
+    yield from compare_parameters(expected, actual)
+
+
+@check(
+    "interventions.in_place",
+    "An edit in place, at any site, has the effect of the same edit returned: it reaches what "
+    "reads that hook's tensor and nothing else.",
+    in_place_cases,
+)
+def in_place(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Without a gradient, since PyTorch refuses most of these under one."""
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    every = sites_of(subject, case)
+    expected = observe(reference(case.model), case, sites=every, backward=False)
+    actual = observe(subject, case, sites=every, backward=False)
+    yield from compare_values(expected, actual, every)
+
+
+@st.composite
+def _optional_edits(draw: DrawFn) -> Case:
+    """A case with an edit at one post-clip hook, which only some adapters have."""
+    case = draw(cases(runs=edited_runs))
+    block = draw(st.integers(0, case.model.num_hidden_layers - 1))
+    letter = draw(st.sampled_from("qkv"))
+    site = f"blocks.{block}.attn.hook_{letter}_clipped"
+    # Not a replacement: the reference's clamp is in place, and keeps a gradient of zeros there.
+    kind = draw(st.sampled_from([kind for kind in _RETURNED if kind != "replace"]))
+    edit = Edit(site=site, kind=kind, seed=draw(st.integers(0, 99)))
+    return replace(case, run=replace(case.run, edits=(edit,)))
+
+
+@check(
+    "interventions.clipped",
+    "An edit after the clamp has the effect of changing what attention uses, and is not clamped.",
+    _optional_edits,
+    examples=0.3,
+)
+def clipped(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """At the hooks that an adapter declares beyond the required ones."""
+    declared = tuple(getattr(adapter, "optional_hooks", ()))
+    name = case.run.edits[0].site
+    if name not in observable(case.model, declared):
+        return
+    yield from returned.run(adapter, case)

@@ -1,0 +1,140 @@
+"""Low precision, and forwards without a cache: where upstream crashes or rounds elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+from transformers import DynamicCache
+
+from conformance.checks import gradients
+from conformance.checks.registry import Adapter, check
+from conformance.compare import Gap, compare_parameters, compare_tensors
+from conformance.inputs import inputs
+from conformance.observe import observe
+from conformance.spec import Case
+from conformance.strategies import cases, model_specs
+from conformance.subjects import Subject, at_work, bridged, reference
+from conformance.tolerance import exactly
+
+
+def short_cases() -> SearchStrategy[Case]:
+    """Cases in bfloat16 and float16."""
+    return cases(models=model_specs(dtypes=st.sampled_from(("bfloat16", "float16"))))
+
+
+@check(
+    "precision.everywhere",
+    "In bfloat16 and float16 every value, dtype and gradient is Hugging Face's bit for bit, with "
+    "and without a cache.",
+    short_cases,
+    examples=0.5,
+)
+def everywhere(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """The whole comparison, on short dtypes only."""
+    yield from gradients.everywhere.run(adapter, case)
+
+
+@check(
+    "precision.no_cache",
+    "A forward without a cache, by argument, by configuration or by gradient checkpointing in "
+    "training, gives the reference's logits and gradients in every dtype.",
+    cases,
+    examples=0.3,
+)
+def no_cache(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Three ways of having no cache, each on fresh subjects."""
+    run = replace(case.run, use_cache=False, chunks=1)
+    plain = replace(case, run=run)
+
+    def by_configuration(subject: Subject) -> None:
+        subject.model.config.use_cache = False
+
+    def by_checkpointing(subject: Subject) -> None:
+        subject.model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
+            {"use_reentrant": False}
+        )
+
+    ways: dict[str, tuple[Case, Callable[[Subject], None]]] = {
+        "use_cache=False": (plain, lambda subject: None),
+        "config.use_cache=False": (plain, by_configuration),
+        "checkpointing": (replace(plain, run=replace(run, training=True)), by_checkpointing),
+    }
+    for name, (its_case, prepare) in ways.items():
+        truth = reference(its_case.model)
+        subject = bridged(its_case.model, adapter, prepared=run.prepared)
+        prepare(truth)
+        with at_work(name):
+            prepare(subject)
+        expected, actual = observe(truth, its_case), observe(subject, its_case)
+        logits, dtype = f"{name}: logits", expected.logits.dtype
+        gap = compare_tensors(logits, expected.logits, actual.logits, exactly(dtype))
+        yield from [gap] if gap else []
+        yield from compare_parameters(expected, actual)
+
+
+@check(
+    "precision.cache",
+    "The key-value cache of a bridged model holds the reference's keys and values, in the model's "
+    "dtype.",
+    cases,
+    examples=0.3,
+)
+def cache(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """What a cache given to the forward holds after it."""
+    case = replace(case, run=replace(case.run, positions="derived", padding="none"))
+    tokens = inputs(case).tokens
+
+    def cached(subject: Subject) -> list[Any]:
+        kept = DynamicCache(config=subject.model.config)
+        model = subject.bridge if subject.bridge is not None else subject.model
+        with torch.no_grad():
+            model(tokens, past_key_values=kept, use_cache=True)
+        return list(kept.layers)
+
+    expected = cached(reference(case.model))
+    with at_work("filling a cache"):
+        actual = cached(bridged(case.model, adapter, prepared=case.run.prepared))
+    for index, (due, got) in enumerate(zip(expected, actual, strict=True)):
+        for name in ("keys", "values"):
+            tensor = getattr(due, name)
+            label = f"cache.{index}.{name}"
+            gap = compare_tensors(label, tensor, getattr(got, name), exactly(tensor.dtype))
+            yield from [gap] if gap else []
+
+
+@check(
+    "precision.attention_alone",
+    "The attention of a block, called alone, gives what its Hugging Face module gives, in every "
+    "dtype.",
+    cases,
+    examples=0.3,
+)
+def attention_alone(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Without a cache, on random hidden states and the causal mask of Hugging Face."""
+    truth = reference(case.model)
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    assert subject.bridge is not None
+    draw = torch.Generator().manual_seed(case.run.token_seed)
+    shape = (case.run.batch, case.run.seq_len, case.model.hidden_size)
+    dtype = getattr(torch, case.model.dtype)
+    hidden = torch.randn(shape, generator=draw).to(dtype)
+    length = case.run.seq_len
+    lowest = torch.finfo(dtype).min
+    mask = torch.full((length, length), lowest, dtype=dtype).triu(1)[None, None]
+    positions = torch.arange(length)[None]
+    rotary = truth.model.model.rotary_emb(hidden, positions)
+    given = {"position_embeddings": rotary, "attention_mask": mask}
+    for block in range(case.model.num_hidden_layers):
+        with torch.no_grad():
+            expected = truth.model.model.layers[block].self_attn(hidden_states=hidden, **given)
+            with at_work("calling an attention alone"):
+                actual = subject.bridge.blocks[block].attn(hidden_states=hidden, **given)
+        for name, due, got in zip(("hook_out", "hook_pattern"), expected, actual, strict=False):
+            label = f"blocks.{block}.attn.{name}"
+            gap = compare_tensors(label, due, got, exactly(due.dtype))
+            yield from [gap] if gap else []
