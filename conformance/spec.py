@@ -32,6 +32,7 @@ EDITS = (
     "one_row",
     "in_place",
 )
+PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 MAX_SEED = 2**31 - 1
 
 
@@ -194,6 +195,7 @@ class RunSpec:
         prepared: Whether ``adapter.prepare_model`` ran on the model before it was bridged, as
             ``boot_transformers`` does and a direct ``TransformerBridge(...)`` does not.
         edits: Interventions active during the forward.
+        processing: Weight processing asked of ``enable_compatibility_mode``, where a check does.
     """
 
     token_seed: int = 0
@@ -206,6 +208,7 @@ class RunSpec:
     training: bool = False
     prepared: bool = True
     edits: tuple[Edit, ...] = ()
+    processing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _integer(self, ("token_seed",), 0, MAX_SEED)
@@ -216,6 +219,7 @@ class RunSpec:
         _boolean(self, "use_cache", "training", "prepared")
         cached = f"true, since chunks={self.chunks} need a cache"
         _require(self.use_cache or self.chunks == 1, "use_cache", self.use_cache, cached)
+        _subset(self, "processing", PROCESSING)
         object.__setattr__(self, "edits", tuple(self.edits))
         good = all(isinstance(edit, Edit) for edit in self.edits)
         _require(good, "edits", self.edits, "a list of edits")

@@ -166,9 +166,6 @@ def model_specs(
     rope_type = draw(rope_types)
     if rope_type == "dynamic":
         d_head = max(d_head, 4)  # Hugging Face divides by d_head - 2
-    rope_type = draw(rope_types)
-    if rope_type == "dynamic" and d_head == 2:  # it divides by d_head - 2
-        rope_type = "default"
     geometry = draw(geometries)
     hidden = draw(HIDDEN_SIZES) if geometry == "free" else n_heads * d_head
     scale, clip = draw(SCALES), draw(clips)

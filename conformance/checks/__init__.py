@@ -1,9 +1,12 @@
 """The promises, one check function each."""
 
 from conformance.checks import (
+    alive,
     biases,
     clamp,
+    compatibility,
     configuration,
+    copies,
     forward,
     gradients,
     hooks,
@@ -16,12 +19,18 @@ from conformance.checks.registry import REGISTRY, Check, judge, require
 __all__ = [
     "REGISTRY",
     "Check",
+    "alive",
     "biases",
+    "clamp",
+    "compatibility",
+    "configuration",
+    "copies",
     "forward",
     "gradients",
     "hooks",
     "interventions",
     "judge",
     "layernorm",
+    "precision",
     "require",
 ]

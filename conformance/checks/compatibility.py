@@ -1,0 +1,155 @@
+"""Compatibility mode: processed weights must not change what the model says."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+from transformers.activations import ACT2FN
+
+from conformance.checks.forward import logits_gap
+from conformance.checks.registry import Adapter, check
+from conformance.compare import Gap, compare_tensors
+from conformance.inputs import inputs
+from conformance.observe import observe, sites_of
+from conformance.spec import PROCESSING, Case, ModelSpec, RunSpec
+from conformance.strategies import cases, model_specs, run_specs
+from conformance.subjects import Subject, at_work, bridged, reference
+from conformance.tolerance import of_log_probabilities
+
+ACTIVATIONS = tuple(sorted(ACT2FN))
+
+
+def processed_cases() -> SearchStrategy[Case]:
+    """Float32 cases with every activation that Hugging Face knows and any set of processing."""
+
+    def runs(model: ModelSpec) -> SearchStrategy[RunSpec]:
+        asked = st.lists(st.sampled_from(PROCESSING), unique=True).map(tuple)
+        drawn = run_specs(model, trainings=st.just(False), positions=st.just("derived"))
+        return st.builds(lambda run, flags: replace(run, processing=flags), drawn, asked)
+
+    activations = st.one_of(st.just("silu"), st.sampled_from(ACTIVATIONS))
+    models = model_specs(dtypes=st.just("float32"), activations=activations)
+    return cases(models=models, runs=runs)
+
+
+def _process(subject: Subject, case: Case) -> list[str]:
+    """Turn compatibility mode on with the case's processing; the warnings that it gave."""
+    assert subject.bridge is not None
+    flags = {name: name in case.run.processing for name in PROCESSING}
+    stage = at_work(f"enable_compatibility_mode({case.run.processing})")
+    with stage, warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        subject.bridge.enable_compatibility_mode(disable_warnings=True, **flags)
+    return [str(warning.message) for warning in seen]
+
+
+def _log_probabilities(logits: torch.Tensor, case: Case) -> torch.Tensor:
+    """Log-probabilities at real tokens ``[token, d_vocab]``: centering shifts logits as a whole."""
+    mask = inputs(case).attention_mask
+    chosen = logits if mask is None else logits[mask.bool()]
+    return chosen.log_softmax(-1)
+
+
+@check(
+    "compatibility.log_probabilities",
+    "Compatibility mode, with any set of weight processing but the refactoring of QK that rotary "
+    "forbids, leaves the log-probabilities of every real token as they are.",
+    processed_cases,
+)
+def log_probabilities(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """With and without biases, clip and grouped heads, for every activation."""
+    expected = observe(reference(case.model), case, backward=False)
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    _process(subject, case)
+    actual = observe(subject, case, backward=False)
+    due = _log_probabilities(expected.logits, case)
+    got = _log_probabilities(actual.logits, case)
+    gap = compare_tensors("log-probabilities", due, got, of_log_probabilities())
+    yield from [gap] if gap else []
+
+
+@check(
+    "compatibility.value_biases",
+    "A value bias is folded away wherever that is legal; where a clamp forbids it, a warning says "
+    "why.",
+    lambda: cases(
+        models=model_specs(
+            dtypes=st.just("float32"), biases=st.sampled_from((("v",), ("v", "o"), tuple("qkvo")))
+        )
+    ),
+    examples=0.2,
+)
+def value_biases(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Legal is: no clamp between the bias and its use, no dropout on the pattern."""
+    run = replace(case.run, training=False, processing=("fold_value_biases",))
+    case = replace(case, run=run)
+    subject = bridged(case.model, adapter, prepared=run.prepared)
+    said = _process(subject, case)
+    assert subject.bridge is not None
+    legal = case.model.clip_qkv is None
+    for block in range(case.model.num_hidden_layers):
+        name = f"blocks.{block}.attn.b_V"
+        bias = subject.bridge.blocks[block].attn.b_V
+        zero = bias is None or not bool(bias.any())
+        if legal != zero:
+            state = "not folded though nothing forbids it" if legal else "folded past a clamp"
+            yield Gap(name, "contract", state)
+    if not legal and not [text for text in said if "clip_qkv" in text]:
+        yield Gap("warnings", "contract", "no warning names clip_qkv as the reason")
+
+
+@check(
+    "compatibility.refusal",
+    "Refactoring QK is refused with an error that leaves the bridge untouched; a later legal call "
+    "works.",
+    processed_cases,
+    examples=0.1,
+)
+def refusal(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Bit for bit the same before and after the refusal, then processed as if it never was."""
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    assert subject.bridge is not None
+    before = observe(subject, case, backward=False)
+    try:
+        subject.bridge.enable_compatibility_mode(refactor_factored_attn_matrices=True)
+    except (ValueError, NotImplementedError):
+        pass
+    else:
+        yield Gap("refactor_factored_attn_matrices", "contract", "was not refused")
+        return
+    yield from logits_gap(before, observe(subject, case, backward=False), "logits after a refusal")
+    _process(subject, case)
+    after = observe(subject, case, backward=False)
+    due = _log_probabilities(before.logits, case)
+    got = _log_probabilities(after.logits, case)
+    gap = compare_tensors("log-probabilities", due, got, of_log_probabilities())
+    yield from [gap] if gap else []
+
+
+@check(
+    "compatibility.hooks",
+    "In compatibility mode every hook of a plain forward still fires exactly once.",
+    processed_cases,
+    examples=0.2,
+)
+def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Counted at each hook point; its aliases are other names of the same."""
+    case = replace(case, run=replace(case.run, chunks=1))
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    _process(subject, case)
+    assert subject.bridge is not None
+    fired: Counter[str] = Counter()
+    # By the names of hook_dict: a hook point's own name is a legacy one in this mode.
+    points, wanted = subject.bridge.hook_dict, sites_of(subject, case)
+    for name in wanted.keys() & points.keys():
+        points[name].add_hook(lambda tensor, hook, name=name: fired.update([name]))
+    observe(subject, case, backward=False)
+    for name in wanted:
+        if fired[name] != 1:
+            yield Gap(name, "count", f"fired {fired[name]} times instead of once")

@@ -1,0 +1,166 @@
+"""Copies and saves: an independent bridge comes out, or a clear refusal."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from conformance.checks.forward import logits_gap
+from conformance.checks.registry import Adapter, check
+from conformance.compare import Gap, compare_parameters, compare_tensors, compare_values
+from conformance.observe import observe, sites_of
+from conformance.spec import DTYPES, Case
+from conformance.strategies import cases
+from conformance.subjects import Subject, at_work, bridged, reference
+from conformance.tolerance import exactly
+
+_FLAGS = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
+
+
+def _copied(subject: Subject) -> Subject:
+    """A deep copy of a bridge as a subject of its own."""
+    assert subject.bridge is not None
+    with at_work("copy.deepcopy"):
+        bridge = copy.deepcopy(subject.bridge)
+        model: Any = bridge.original_model
+    # The copy keeps the bridge's names: match them by order, which named_parameters keeps.
+    renamed = zip(subject.parameters, model.parameters(), strict=True)
+    return replace(subject, bridge=bridge, model=model, parameters=dict(renamed))
+
+
+@check(
+    "copies.deepcopy",
+    "copy.deepcopy of a bridge, before and after forwards, is an independent bridge: values, "
+    "gradients, hooks, flags and weights never cross over.",
+    cases,
+    examples=0.3,
+)
+def deepcopy(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """The copy is judged as a bridge of its own, while the original is hooked, flagged, changed."""
+    case = replace(case, run=replace(case.run, chunks=1))
+    original = bridged(case.model, adapter, prepared=case.run.prepared)
+    early = _copied(original)
+    observe(original, case)
+    late = _copied(original)
+    assert original.bridge is not None
+    crossed: list[str] = []
+    for name, point in original.bridge.hook_dict.items():
+        point.add_hook(lambda tensor, hook, name=name: crossed.append(name))
+    with at_work("setting a flag"):
+        original.bridge.set_use_hook_mlp_in(True)
+        original.bridge.set_use_attn_result(True)
+    with torch.no_grad():
+        for parameter in original.parameters.values():
+            parameter.mul_(2)
+    truth = reference(case.model)
+    wanted = sites_of(original, case)
+    expected = observe(truth, case, sites=wanted)
+    for name, subject in (("copied before a forward", early), ("copied after one", late)):
+        actual = observe(subject, case, sites=wanted, gradients_at=frozenset())
+        for gap in (
+            *compare_values(expected, actual, wanted),
+            *compare_parameters(expected, actual),
+        ):
+            yield replace(gap, site=f"{name}: {gap.site}")
+        bridge = subject.bridge
+        assert bridge is not None
+        for flag in ("use_hook_mlp_in", "use_attn_result"):
+            if getattr(bridge.cfg, flag):
+                yield Gap(f"{name}: cfg.{flag}", "contract", "was set on the original only")
+    if crossed:
+        yield Gap(crossed[0], "contract", "a hook of the original fired in a forward of its copy")
+    if any(parameter.grad is not None for parameter in original.parameters.values()):
+        yield Gap("gradients", "contract", "a backward of the copy reached the original")
+
+
+@check(
+    "copies.pickle",
+    "Pickling and torch.save of a bridge give an equal bridge, or refuse with one clear error.",
+    cases,
+    examples=0.1,
+)
+def pickled(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """A refusal is a TypeError or NotImplementedError that says what to do instead."""
+    case = replace(case, run=replace(case.run, chunks=1))
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    expected = observe(subject, case, backward=False)
+    for name in ("pickle", "torch.save"):
+        kept = io.BytesIO()
+        try:
+            if name == "pickle":
+                pickle.dump(subject.bridge, kept)
+            else:
+                torch.save(subject.bridge, kept)
+        except (TypeError, NotImplementedError) as refusal:
+            if "state_dict" not in str(refusal):
+                yield Gap(name, "contract", f"refuses without a way out: {refusal}")
+            continue
+        except Exception as error:
+            yield Gap(name, "contract", f"{type(error).__name__}: {error}")
+            continue
+        kept.seek(0)
+        with at_work(f"loading what {name} wrote"):
+            bridge = pickle.load(kept) if name == "pickle" else torch.load(kept, weights_only=False)
+        loaded = replace(subject, bridge=bridge, model=bridge.original_model, parameters={})
+        yield from logits_gap(expected, observe(loaded, case, backward=False), f"{name}: logits")
+
+
+@check(
+    "copies.state_dict",
+    "A state dict saved from one bridge and loaded into another carries every weight, bit for bit.",
+    cases,
+    examples=0.3,
+)
+def state_dict(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Through torch.save, so that nothing is shared."""
+    source = bridged(case.model, adapter, prepared=case.run.prepared)
+    other = replace(case.model, weight_seed=case.model.weight_seed ^ 1)
+    target = bridged(other, adapter, prepared=case.run.prepared)
+    assert source.bridge is not None
+    assert target.bridge is not None
+    kept = io.BytesIO()
+    with at_work("saving and loading a state dict"):
+        torch.save(source.bridge.state_dict(), kept)  # type: ignore[no-untyped-call]
+        kept.seek(0)
+        loaded = torch.load(kept, weights_only=True)
+        target.bridge.load_state_dict(loaded)  # type: ignore[no-untyped-call]
+    for name, parameter in source.parameters.items():
+        due, got = parameter.detach(), target.parameters[name].detach()
+        gap = compare_tensors(name, due, got, exactly(due.dtype))
+        yield from [gap] if gap else []
+    expected = observe(reference(case.model), case, backward=False)
+    yield from logits_gap(expected, observe(target, case, backward=False))
+
+
+@check(
+    "copies.cast",
+    "bridge.to(dtype), and back, gives what Hugging Face's own cast gives: weights, logits, cfg.",
+    cases,
+    examples=0.2,
+)
+def cast(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """To the next dtype of the list and back, with a forward after each."""
+    case = replace(case, run=replace(case.run, padding="none"))
+    truth = reference(case.model)
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    assert subject.bridge is not None
+    here = case.model.dtype
+    there = DTYPES[(DTYPES.index(here) + 1) % len(DTYPES)]
+    for name in (there, here):
+        dtype = getattr(torch, name)
+        truth.model.to(dtype)
+        # transformer_lens prints what it does.
+        with at_work(f"casting to {name}"), redirect_stdout(io.StringIO()):
+            subject.bridge.to(dtype)
+        if subject.bridge.cfg.dtype != dtype:
+            yield Gap("cfg.dtype", "contract", f"{subject.bridge.cfg.dtype} after .to({dtype})")
+        expected = observe(truth, case, backward=False)
+        actual = observe(subject, case, backward=False)
+        yield from logits_gap(expected, actual, f"logits after .to({name})")

@@ -1,0 +1,5 @@
+from conformance.checks import alive
+from conformance.suite.properties import as_test
+
+test_advertised = as_test(alive.advertised)
+test_output_attentions = as_test(alive.output_attentions)

@@ -1,0 +1,4 @@
+from conformance.checks import configuration
+from conformance.suite.properties import as_test
+
+test_truth = as_test(configuration.truth)
