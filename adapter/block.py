@@ -1,0 +1,44 @@
+"""OLMo's pre-norm block: what the flags ``use_split_qkv_input`` and ``use_hook_mlp_in`` need."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformer_lens.model_bridge.generalized_components import BlockBridge
+
+from adapter.hooks import isolated
+
+
+class OlmoBlockBridge(BlockBridge):
+    """A block whose listeners belong to it, and to its copy after ``copy.deepcopy``.
+
+    TransformerLens listens with closures, which a deep copy shares with its original: edits at the
+    copy's ``hook_mlp_in`` did nothing and fired the original's hook. Bound methods are copied with
+    their owner.
+    """
+
+    def _maybe_wire_capture_hooks(self) -> None:
+        """Listen at the two LayerNorms, once."""
+        self._wire_ln1_module()
+        if self._capture_hooks_wired:
+            return
+        self._capture_hook_handles += [
+            # The wrapped module and not ln1 itself: an edit at ln1.hook_in must be in the capture.
+            self.ln1.original_component.register_forward_pre_hook(self._capture_residual),
+            self.ln2.register_forward_pre_hook(self._fire_mlp_in),
+        ]
+        self._capture_hooks_wired = True
+
+    def _capture_residual(self, _module: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        """Keep the residual stream that attention forks per head, ``[batch, pos, d_model]``."""
+        if self.attn.forks_input and self.attn._captured_pre_ln_residual is None:
+            self.attn._captured_pre_ln_residual = args[0]
+
+    def _fire_mlp_in(
+        self, _module: torch.nn.Module, args: tuple[Any, ...]
+    ) -> tuple[torch.Tensor] | None:
+        """Fire ``hook_mlp_in`` on what the MLP branch reads, ``[batch, pos, d_model]``."""
+        if not self._read_use_hook_mlp_in():
+            return None
+        return (self.hook_mlp_in(isolated(args[0], self.hook_mlp_in)),)

@@ -1,0 +1,82 @@
+"""Weight processing that never changes what the model computes."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from transformer_lens.model_bridge import TransformerBridge
+
+
+class OlmoTransformerBridge(TransformerBridge):
+    """A TransformerBridge that refuses or skips what is not legal for OLMo.
+
+    TransformerLens decides about weight processing in the bridge and tells an architecture adapter
+    neither what was asked nor early enough to say no, so the adapter gives its bridges this class.
+    """
+
+    def enable_compatibility_mode(
+        self,
+        disable_warnings: bool = False,
+        no_processing: bool = False,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """Process the weights and turn legacy names on, or refuse before anything is touched."""
+        if not no_processing:
+            _refuse_refactoring(refactor_factored_attn_matrices)
+        super().enable_compatibility_mode(
+            disable_warnings=disable_warnings,
+            no_processing=no_processing,
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            fold_value_biases=fold_value_biases,
+        )
+
+    def process_weights(
+        self,
+        verbose: bool = False,
+        fold_ln: bool = True,
+        center_writing_weights: bool = True,
+        center_unembed: bool = True,
+        fold_value_biases: bool = True,
+        refactor_factored_attn_matrices: bool = False,
+    ) -> None:
+        """Process the weights as far as that leaves the model's log-probabilities as they are."""
+        _refuse_refactoring(refactor_factored_attn_matrices)
+        if fold_value_biases and (reason := self._why_value_biases_must_stay()):
+            warnings.warn(f"value biases are not folded into b_O: {reason}", stacklevel=2)
+            fold_value_biases = False
+        super().process_weights(
+            verbose=verbose,
+            fold_ln=fold_ln,
+            center_writing_weights=center_writing_weights,
+            center_unembed=center_unembed,
+            fold_value_biases=fold_value_biases,
+        )
+
+    def _why_value_biases_must_stay(self) -> str | None:
+        """The reason why folding would change the model, or None.
+
+        Folding relies on a head's output being linear in its values and on patterns that sum to 1.
+        """
+        config: Any = self.original_model.config
+        if all(block.attn.b_V is None for block in self.blocks):
+            return None
+        if config.clip_qkv is not None:
+            return f"clip_qkv={config.clip_qkv} clamps the values after the bias is added"
+        if config.attention_dropout and self.training:
+            return f"attention_dropout={config.attention_dropout} is active in training mode"
+        return None
+
+
+def _refuse_refactoring(asked: bool) -> None:
+    if asked:
+        raise ValueError(
+            "refactor_factored_attn_matrices=True is not possible for OLMo: rotary embeddings "
+            "make the QK circuit depend on positions. Nothing was changed."
+        )

@@ -1,0 +1,88 @@
+"""One copy of a tensor per head, added to the computation as a change that is zero until edited.
+
+The flags ``use_split_qkv_input``, ``use_attn_in`` and ``use_attn_result`` let a researcher edit
+what a single head reads or writes. Computing the whole projection per head would round differently
+from Hugging Face and leave the hooks on the shared path (ln1's output, ``attn.hook_in``,
+``q.hook_in``, ``o.hook_out``) without effect. So the shared path always runs, and a per-head hook
+contributes the difference that its edit makes. All hooks stay alive, and without an edit the
+result and all gradients are equal to Hugging Face's bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformer_lens.hook_points import HookPoint
+
+
+def weight_of(projection: Any) -> torch.Tensor:
+    """The weight ``[out, in]`` of a projection that is nothing but that weight and a bias."""
+    if isinstance(projection, torch.nn.Linear) and projection.weight.is_floating_point():
+        return projection.weight
+    raise TypeError(
+        f"per-head hooks need the projection's weight, and a {type(projection).__name__} computes "
+        "more than a weight (an adapter, a quantization); merge it or turn the flag off"
+    )
+
+
+def change_of_heads(
+    residual: torch.Tensor, norm: Any, hook: HookPoint, n_heads: int
+) -> torch.Tensor:
+    """What an edit of the per-head copies changes in the heads' normalized input.
+
+    Args:
+        residual: The residual stream, ``[batch, pos, d_model]``.
+        norm: The LayerNorm between the copies and the projection.
+        hook: Fires on the copies, ``[batch, pos, head, d_model]``.
+        n_heads: How many copies.
+
+    Returns:
+        ``[batch, pos, head, d_model]``, at least float32: subtracting nearby values and adding
+        the difference again must not round in low precision.
+    """
+    copies = residual.unsqueeze(2).repeat(1, 1, n_heads, 1)
+    hooked = hook(copies.clone())
+    wide = torch.promote_types(residual.dtype, torch.float32)
+    # Both terms send their gradients to ``copies``, where they cancel exactly.
+    change: torch.Tensor = norm(hooked).to(wide) - norm(copies).to(wide)
+    return change
+
+
+def mean_of_groups(heads: torch.Tensor, size: int) -> torch.Tensor:
+    """Average each ``size`` consecutive heads of ``[batch, pos, head, d_model]``."""
+    batch, pos, _, width = heads.shape
+    return heads.view(batch, pos, -1, size, width).mean(3)
+
+
+def project_change(change: torch.Tensor, projection: Any, d_head: int) -> torch.Tensor:
+    """Project each head's own change, ``[batch, pos, head, d_model]``, with that head's weight.
+
+    Returns:
+        ``[batch, pos, head * d_head]``, to be added to the projection of the shared input.
+    """
+    weight = weight_of(projection).view(-1, d_head, projection.in_features)
+    return torch.einsum("bphm,hdm->bphd", change.to(weight.dtype), weight).flatten(2)
+
+
+def head_contributions(
+    z: torch.Tensor, projection: Any, d_head: int, hook: HookPoint
+) -> torch.Tensor:
+    """Output projection whose per-head summands can be edited at ``hook``.
+
+    Args:
+        z: The heads' outputs, ``[batch, pos, head * d_head]``.
+        projection: The linear map to ``d_model``, with or without bias.
+        d_head: Width of a head.
+        hook: Fires on the summands, ``[batch, pos, head, d_model]``.
+
+    Returns:
+        ``[batch, pos, d_model]``: positions without an edit keep the plain projection's value.
+    """
+    weight = weight_of(projection).view(projection.out_features, -1, d_head)
+    summands = torch.einsum("bphd,mhd->bphm", z.view(*z.shape[:-1], -1, d_head), weight)
+    hooked = hook(summands.clone())
+    connected = projection(z) + (hooked - summands).sum(2)
+    rebuilt = hooked.sum(2) if projection.bias is None else hooked.sum(2) + projection.bias
+    edited = (hooked != summands).flatten(2).any(-1, keepdim=True)
+    return torch.where(edited, rebuilt, connected)

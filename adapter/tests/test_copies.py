@@ -1,0 +1,82 @@
+"""Copies and saves of a bridge are whole and independent."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+
+from adapter.tests import models
+from adapter.tests.models import SHAPES, TOKENS, same
+
+EDITED = {
+    "use_split_qkv_input": "blocks.0.attn.hook_q_input",
+    "use_attn_in": "blocks.1.attn.hook_attn_in",
+    "use_attn_result": "blocks.1.attn.hook_result",
+    "use_hook_mlp_in": "blocks.0.hook_mlp_in",
+}
+
+
+def twist(tensor, hook):
+    return tensor * torch.linspace(-1, 1, tensor.shape[-1])
+
+
+def copied(bridge):
+    return copy.deepcopy(bridge)
+
+
+def saved_and_loaded(bridge):
+    buffer = io.BytesIO()
+    torch.save(bridge, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "after-forward"])
+@pytest.mark.parametrize("twin_of", [copied, saved_and_loaded])
+@pytest.mark.parametrize("flag", EDITED)
+def test_a_twin_is_independent(flag, twin_of, used):
+    bridge = models.bridged(models.olmo(**SHAPES["gqa-clip-bias"]))
+    if used:
+        setattr(bridge.cfg, flag, True)
+        bridge(TOKENS)
+        setattr(bridge.cfg, flag, False)
+    twin = twin_of(bridge)
+    plain = bridge(TOKENS)
+    assert same(twin(TOKENS), plain)
+
+    fired = []
+    for point in bridge.hook_dict.values():
+        point.add_hook(lambda tensor, hook: fired.append(hook.name))
+    setattr(twin.cfg, flag, True)
+    assert not getattr(bridge.cfg, flag)
+    edited = twin.run_with_hooks(TOKENS, fwd_hooks=[(EDITED[flag], twist)])
+    models.backward(edited)
+    assert not fired
+    assert all(p.grad is None for p in bridge.parameters())
+
+    bridge.reset_hooks()
+    setattr(bridge.cfg, flag, True)
+    assert same(edited, bridge.run_with_hooks(TOKENS, fwd_hooks=[(EDITED[flag], twist)]))
+    assert not same(edited, plain)
+
+
+def test_a_copy_outlives_its_original():
+    bridge = models.bridged(models.olmo())
+    bridge.cfg.use_split_qkv_input = True
+    expected = bridge(TOKENS)
+    twin = copy.deepcopy(bridge)
+    del bridge
+    assert same(twin(TOKENS), expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_state_dicts_round_trip(shape):
+    bridge = models.bridged(models.olmo(**SHAPES[shape]))
+    other = models.bridged(models.olmo(**SHAPES[shape]))
+    for parameter in other.parameters():
+        torch.nn.init.zeros_(parameter)
+    other.load_state_dict(bridge.state_dict())
+    assert same(other(TOKENS), bridge(TOKENS))

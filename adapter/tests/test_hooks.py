@@ -1,0 +1,178 @@
+"""Every hook that is advertised fires, and every edit acts where it was made and nowhere else."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from adapter.tests import models
+from adapter.tests.models import SHAPES, TOKENS, same
+
+FLAGGED = {
+    "use_split_qkv_input": {"hook_q_input", "hook_k_input", "hook_v_input"},
+    "use_attn_in": {"hook_attn_in"},
+    "use_attn_result": {"hook_result"},
+    "use_hook_mlp_in": {"hook_mlp_in"},
+}
+ALWAYS_NULL = ["rotary_emb.hook_in"]  # only its dtype and device are read, as in Hugging Face
+
+
+def flagged(bridge, flag):
+    if flag is not None:
+        setattr(bridge.cfg, flag, True)
+    return bridge
+
+
+def flip(tensor):
+    """Change the second position, and nothing else."""
+    tensor = tensor.clone()
+    tensor[:, 1] = 0.1 - tensor[:, 1]
+    return tensor
+
+
+def live_names(bridge, flag):
+    gated = set().union(*FLAGGED.values()) - FLAGGED.get(flag, set())
+    return [name for name in bridge.hook_dict if name.rsplit(".", 1)[-1] not in gated]
+
+
+@pytest.mark.parametrize("processed", [False, True], ids=["raw", "processed"])
+@pytest.mark.parametrize("flag", [None, *FLAGGED])
+def test_every_name_fires_once(flag, processed):
+    bridge = models.bridged(models.olmo(**SHAPES["gqa-clip-bias"]))
+    if processed:
+        bridge.enable_compatibility_mode(disable_warnings=True, fold_value_biases=False)
+    flagged(bridge, flag)
+    fired: Counter[str] = Counter()
+    for name, point in bridge.hook_dict.items():
+        point.add_hook(lambda tensor, hook, name=name: fired.update([name]))
+    bridge(TOKENS)
+    assert fired == dict.fromkeys(live_names(bridge, flag), 1)
+
+
+def test_no_dead_names():
+    names = models.bridged(models.olmo()).hook_dict
+    dead = ("hook_pos_embed", "rotary_emb.hook_out", "attn.hook_hidden_states")
+    assert not [name for name in names if name.endswith(dead)]
+
+
+@pytest.mark.parametrize("flag", [None, *FLAGGED])
+@pytest.mark.parametrize("shape", ["gqa-clip-bias", "mqa-head_dim"])
+def test_an_edit_acts_and_in_place_it_acts_the_same(shape, flag):
+    bridge = flagged(models.bridged(models.olmo(**SHAPES[shape])), flag)
+    plain = bridge(TOKENS)
+
+    def returned(tensor, hook):
+        return flip(tensor)
+
+    def in_place(tensor, hook):
+        tensor.copy_(flip(tensor))
+
+    for name in live_names(bridge, flag):
+        if name == "embed.hook_in" or name.startswith("blocks.1."):  # token ids; as in block 0
+            continue
+        results = []
+        for edit in (returned, in_place):
+            bridge.zero_grad()
+            logits = bridge.run_with_hooks(TOKENS, fwd_hooks=[(name, edit)])
+            models.backward(logits)
+            grads = [p.grad for p in bridge.parameters() if p.grad is not None]
+            results.append([logits, *grads])
+        assert all(map(same, *results)), name
+        assert same(results[0][0], plain) == (name in ALWAYS_NULL), name
+
+
+def test_hooks_around_the_clamp():
+    reference, bridge = models.pair(**SHAPES["gqa-clip-bias"])
+    _, cache = bridge.run_with_cache(TOKENS)
+    attention = reference.model.layers[0].self_attn
+    normed = cache["blocks.0.ln1.hook_out"]
+    for name in "qkv":
+        projected = getattr(attention, f"{name}_proj")(normed)
+        assert same(cache[f"blocks.0.attn.hook_{name}"].flatten(2), projected)
+        clipped = cache[f"blocks.0.attn.hook_{name}_clipped"]
+        assert same(clipped.flatten(2), projected.clamp(-0.5, 0.5))
+        assert not same(clipped.flatten(2), projected)
+    values = cache["blocks.0.attn.hook_v_clipped"].repeat_interleave(2, dim=2)
+    z = torch.einsum("bhqk,bkhd->bqhd", cache["blocks.0.attn.hook_pattern"], values)
+    torch.testing.assert_close(z, cache["blocks.0.attn.hook_z"])
+
+
+def test_the_clamp_s_gradient_at_the_clip_itself():
+    bridge = models.bridged(models.olmo(clip_qkv=0.5))
+    seen = {}
+
+    hooks = [("blocks.0.attn.hook_v", lambda tensor, hook: tensor * 0 + 0.5)]
+    watch = [("blocks.0.attn.hook_v", lambda grad, hook: seen.update(before=grad.clone()))]
+    watch += [("blocks.0.attn.hook_v_clipped", lambda g, hook: seen.update(after=g.clone()))]
+    with bridge.hooks(fwd_hooks=hooks, bwd_hooks=watch):
+        models.backward(bridge(TOKENS))
+    # Like Hugging Face's clamp_: an entry exactly at the clip passes its whole gradient.
+    assert seen["after"].any()
+    assert same(seen["before"], seen["after"])
+
+
+def test_per_head_copies_reach_their_own_head_only():
+    bridge = flagged(models.bridged(models.olmo(num_key_value_heads=2)), "use_split_qkv_input")
+
+    def edit(tensor, hook):
+        tensor[:, :, 1] *= torch.linspace(-1, 1, 32)
+
+    with bridge.hooks(fwd_hooks=[("blocks.0.attn.hook_k_input", edit)]):
+        _, edited = bridge.run_with_cache(TOKENS)
+    _, plain = bridge.run_with_cache(TOKENS)
+    before, after = (cache["blocks.0.attn.hook_k"] for cache in (plain, edited))
+    assert same(after[:, :, 0], before[:, :, 0])
+    residual = plain["blocks.0.hook_resid_pre"] * torch.linspace(-1, 1, 32)
+    normed = bridge.blocks[0].ln1.original_component(residual)
+    expected = torch.einsum("bpm,md->bpd", normed, bridge.blocks[0].attn.W_K[1])
+    torch.testing.assert_close(after[:, :, 1], expected)
+    assert same(edited["blocks.0.attn.hook_q"], plain["blocks.0.attn.hook_q"])
+
+
+def test_attn_in_reaches_the_key_value_head_of_its_group():
+    bridge = flagged(models.bridged(models.olmo(num_key_value_heads=2)), "use_attn_in")
+
+    def edit(tensor, hook):
+        tensor[:, :, 3] *= torch.linspace(-1, 1, 32)
+
+    with bridge.hooks(fwd_hooks=[("blocks.0.attn.hook_attn_in", edit)]):
+        _, edited = bridge.run_with_cache(TOKENS)
+    _, plain = bridge.run_with_cache(TOKENS)
+    for name, touched in (("q", [3]), ("k", [1]), ("v", [1])):
+        before, after = (c[f"blocks.0.attn.hook_{name}"] for c in (plain, edited))
+        for head in range(before.shape[2]):
+            assert same(before[:, :, head], after[:, :, head]) == (head not in touched)
+
+
+def test_edits_that_do_not_compose_are_refused():
+    bridge = flagged(models.bridged(models.olmo()), "use_split_qkv_input")
+    both = ["blocks.0.ln1.hook_out", "blocks.0.attn.hook_q_input"]
+    with pytest.raises(ValueError, match="edit one of them"):
+        bridge.run_with_hooks(TOKENS, fwd_hooks=[(n, lambda t, hook: flip(t)) for n in both])
+
+
+def test_per_head_hooks_need_a_plain_weight():
+    class Adapted(torch.nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, x):
+            return self.linear(x)
+
+    model = models.olmo()
+    model.model.layers[0].self_attn.q_proj = Adapted(model.model.layers[0].self_attn.q_proj)
+    bridge = flagged(models.bridged(model), "use_split_qkv_input")
+    with pytest.raises(TypeError, match="Adapted"):
+        bridge(TOKENS)
+
+
+def test_results_of_heads_can_be_ablated_exactly():
+    bridge = flagged(models.bridged(models.olmo(**SHAPES["gqa-clip-bias"])), "use_attn_result")
+    zero = [("blocks.0.attn.hook_result", lambda tensor, hook: torch.zeros_like(tensor))]
+    with bridge.hooks(fwd_hooks=zero):
+        _, cache = bridge.run_with_cache(TOKENS)
+    bias = bridge.blocks[0].attn.b_O.expand(2, 6, -1)
+    assert same(cache["blocks.0.attn.o.hook_out"], bias)
