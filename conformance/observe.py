@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -145,11 +146,10 @@ def _call(subject: Subject, given: Mapping[str, Any]) -> torch.Tensor:
 def _chunks(subject: Subject, case: Case, data: Inputs) -> Iterator[dict[str, Any]]:
     """The keyword arguments of each successive forward."""
     run = case.run
-    step = -(-run.seq_len // run.chunks)
+    bounds = [run.seq_len * chunk // run.chunks for chunk in range(run.chunks + 1)]
     kind = DynamicCache if subject.bridge is not None else TappedCache
     cache = kind(config=subject.model.config) if run.chunks > 1 else None
-    for start in range(0, run.seq_len, step):
-        stop = min(start + step, run.seq_len)
+    for start, stop in pairwise(bounds):
         given: dict[str, Any] = {
             "input_ids": data.tokens[:, start:stop],
             "use_cache": run.use_cache,
@@ -217,7 +217,8 @@ def observe(
     blame = at_work("running") if subject.under_test else nullcontext()
     with blame, torch.set_grad_enabled(backward), around:
         logits = run_forward(subject, case, data, recorder)
-        if backward:
+        # A replaced output has no gradient to send back.
+        if backward and logits.requires_grad:
             logits.backward(data.probe.to(logits.dtype))  # type: ignore[no-untyped-call]
     gradients: dict[str, torch.Tensor | None] = {
         name: None if parameter.grad is None else parameter.grad.clone()

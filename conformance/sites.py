@@ -84,6 +84,9 @@ class Site:
         return replace(self, **named, aliases=aliases)  # type: ignore[arg-type]
 
 
+POST_CLIP = tuple(f"blocks.{{i}}.attn.hook_{letter}_clipped" for letter in "qkv")
+
+
 def _linear(name: str, module: str, alias_in: str = "", alias_out: str = "") -> tuple[Site, Site]:
     into = Site(f"{name}.hook_in", module, Port.IN, aliases=(alias_in,) if alias_in else ())
     out = Site(f"{name}.hook_out", module, Port.OUT, aliases=(alias_out,) if alias_out else ())

@@ -34,6 +34,8 @@ EDITS = (
 )
 PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 MAX_SEED = 2**31 - 1
+# PyTorch refuses to clamp a tensor by what its dtype cannot hold.
+GREATEST_CLIP = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38, "float64": 1.79e308}
 
 
 class SpecError(ValueError):
@@ -62,11 +64,18 @@ def _integer(spec: object, names: Iterable[str], low: int, high: int | None = No
         _require(good, name, value, allowed)
 
 
+def _finite(value: object) -> bool:
+    """Whether it is a number that a float can hold (an integer of JSON may be any size)."""
+    try:
+        return type(value) in (int, float) and math.isfinite(float(value))  # type: ignore[arg-type]
+    except OverflowError:
+        return False
+
+
 def _positive(spec: object, *names: str) -> None:
     for name in names:
         value = getattr(spec, name)
-        good = type(value) in (int, float) and math.isfinite(value) and value > 0
-        _require(good, name, value, "a finite number above 0")
+        _require(_finite(value) and value > 0, name, value, "a finite number above 0")
 
 
 def _boolean(spec: object, *names: str) -> None:
@@ -136,6 +145,9 @@ class ModelSpec:
             _integer(self, ("head_dim",), 2)
         even = "even: RoPE rotates pairs of entries of a head"
         _require(self.d_head % 2 == 0, "head_dim", self.d_head, even)
+        yarn = "above 1 with rope_type='yarn', which divides by its logarithm"
+        turning = self.rope_type != "yarn" or self.rope_theta > 1
+        _require(turning, "rope_theta", self.rope_theta, yarn)
         roomy = self.rope_type != "dynamic" or self.d_head > 2
         allowed = "at least 4 with rope_type='dynamic', which divides by head_dim - 2"
         _require(roomy, "head_dim", self.d_head, allowed)
@@ -145,8 +157,13 @@ class ModelSpec:
         good = type(drop) in (int, float) and 0 <= drop < 1
         _require(good, "attention_dropout", drop, "a number in [0, 1)")
         if clip is not None:
-            good = type(clip) in (int, float) and math.isfinite(clip) and clip >= 0
-            _require(good, "clip_qkv", clip, "null (no clamp) or a finite number of at least 0")
+            most = GREATEST_CLIP[self.dtype]
+            good = _finite(clip) and 0 <= clip <= most
+            allowed = (
+                f"null (no clamp) or a finite number of at least 0 and at most {most:g}, the "
+                f"greatest {self.dtype}"
+            )
+            _require(good, "clip_qkv", clip, allowed)
 
     @property
     def d_head(self) -> int:
@@ -220,9 +237,10 @@ class RunSpec:
         cached = f"true, since chunks={self.chunks} need a cache"
         _require(self.use_cache or self.chunks == 1, "use_cache", self.use_cache, cached)
         _subset(self, "processing", PROCESSING)
-        object.__setattr__(self, "edits", tuple(self.edits))
-        good = all(isinstance(edit, Edit) for edit in self.edits)
+        good = isinstance(self.edits, (tuple, list))
+        good = good and all(isinstance(edit, Edit) for edit in self.edits)
         _require(good, "edits", self.edits, "a list of edits")
+        object.__setattr__(self, "edits", tuple(self.edits))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +256,8 @@ class Case:
     tokens: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        _require(isinstance(self.model, ModelSpec), "model", self.model, "a ModelSpec")
+        _require(isinstance(self.run, RunSpec), "run", self.run, "a RunSpec")
         room, wanted = self.model.max_position_embeddings, self.run.seq_len
         allowed = f"at most max_position_embeddings={room}"
         _require(wanted <= room, "seq_len", wanted, allowed)
@@ -267,6 +287,9 @@ class Record:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _require(isinstance(self.case, Case), "case", self.case, "a Case")
+        good = isinstance(self.versions, Mapping)
+        _require(good, "versions", self.versions, "an object of names and versions")
         for name in ("check", "adapter", "note"):
             value = getattr(self, name)
             _require(isinstance(value, str), name, value, "a string")
@@ -317,13 +340,14 @@ def loads(text: str, source: str = "case") -> Record:
     """
     try:
         body = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise SpecError(source, text[-40:], f"complete JSON ({error})") from None
     if not isinstance(body, dict):
         raise SpecError(source, body, "a JSON object")
     version = body.pop("format_version", None)
     allowed = f"{FORMAT_VERSION}: this version of olmo-conformance reads no other"
-    _require(version == FORMAT_VERSION, "format_version", version, allowed)
+    good = type(version) is int and version == FORMAT_VERSION
+    _require(good, "format_version", version, allowed)
     return _from_mapping(Record, body, "record")
 
 

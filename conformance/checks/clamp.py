@@ -12,13 +12,12 @@ from hypothesis.strategies import SearchStrategy
 from conformance.checks.registry import Adapter, check
 from conformance.compare import Gap, compare_gradients, compare_parameters, compare_tensors
 from conformance.observe import observe, sites_of
+from conformance.sites import POST_CLIP
 from conformance.spec import Case
 from conformance.strategies import cases, clip_present, model_specs
 from conformance.subjects import Subject, bridged, reference
 from conformance.tolerance import exactly
 from conformance.verdict import NotApplicable
-
-POST_CLIP = tuple(f"blocks.{{i}}.attn.hook_{letter}_clipped" for letter in "qkv")
 
 
 def clipped_wide_cases() -> SearchStrategy[Case]:
