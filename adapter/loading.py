@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources._bridge_builder import (
     build_bridge_config_from_hf,
@@ -44,4 +43,7 @@ def register() -> None:
 
     The registry belongs to the process: every OLMo that is booted afterwards gets this adapter.
     """
+    # Imported first, this module is circular in transformer_lens 4.0.
+    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+
     ArchitectureAdapterFactory.register_adapter(ARCHITECTURE, OlmoArchitectureAdapter)

@@ -11,6 +11,8 @@ from transformers import OlmoConfig, OlmoForCausalLM
 
 from adapter import OlmoArchitectureAdapter
 
+torch.set_num_threads(1)  # pytest -n auto brings the processes; spinning threads would stall them
+
 ADAPTER: Any = OlmoArchitectureAdapter
 TOKENS = torch.tensor([[5, 9, 3, 40, 7, 7], [11, 4, 30, 8, 21, 3]])
 LEFT = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
@@ -28,7 +30,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def olmo(dtype: torch.dtype = torch.float32, no_bias: str = "", **fields: Any) -> OlmoForCausalLM:
+def olmo(dtype: torch.dtype = torch.float32, no_bias: str = "", **fields: Any) -> Any:
     """Build the same model for the same arguments; ``no_bias`` names projections without bias."""
     defaults: dict[str, Any] = {
         "vocab_size": 48,
@@ -42,7 +44,8 @@ def olmo(dtype: torch.dtype = torch.float32, no_bias: str = "", **fields: Any) -
         "attn_implementation": "eager",
     }
     torch.manual_seed(0)
-    model = OlmoForCausalLM(OlmoConfig(**defaults | fields)).eval()
+    model: Any = OlmoForCausalLM(OlmoConfig(**defaults | fields))
+    model.eval()
     for parameter in model.parameters():
         if parameter.ndim == 1:  # biases start as zeros
             torch.nn.init.normal_(parameter, std=0.3)
@@ -52,7 +55,7 @@ def olmo(dtype: torch.dtype = torch.float32, no_bias: str = "", **fields: Any) -
     return model.to(dtype)
 
 
-def bridged(model: OlmoForCausalLM) -> TransformerBridge:
+def bridged(model: OlmoForCausalLM) -> Any:
     """Build a bridge as the conformance kit does: nothing is registered."""
     dtype = next(model.parameters()).dtype
     cfg = build_bridge_config_from_hf(model.config, "OlmoForCausalLM", "tiny", dtype)
@@ -61,7 +64,7 @@ def bridged(model: OlmoForCausalLM) -> TransformerBridge:
     return TransformerBridge(model, adapter, None)
 
 
-def pair(**fields: Any) -> tuple[OlmoForCausalLM, TransformerBridge]:
+def pair(**fields: Any) -> Any:
     """Build a reference and a bridge with the same weights."""
     return olmo(**fields), bridged(olmo(**fields))
 
@@ -77,13 +80,13 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return equal and bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def backward(logits: torch.Tensor) -> None:
+def backward(logits: Any) -> None:
     """Send a gradient that treats no two logits alike."""
     weights = torch.linspace(-1, 1, logits.numel()).view(logits.shape)
     (logits * weights.to(logits.dtype)).sum().backward()
 
 
-def same_gradients(reference: OlmoForCausalLM, bridge: TransformerBridge) -> bool:
+def same_gradients(reference: Any, bridge: Any) -> bool:
     """Whether both models have the same parameters and all gradients agree bit for bit."""
     pairs = list(zip(reference.parameters(), bridge.original_model.parameters(), strict=True))
     return all(same(a.grad, b.grad) for a, b in pairs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ SHAPES = {
 STEPS = ["fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"]
 
 
-def gap(reference, bridge):
+def gap(reference: Any, bridge: Any) -> Any:
     with torch.no_grad():
         expected = reference(TOKENS).logits.float().log_softmax(-1)
         return (bridge(TOKENS).float().log_softmax(-1) - expected).abs().max().item()
@@ -29,7 +30,7 @@ def gap(reference, bridge):
 
 @pytest.mark.filterwarnings("ignore:value biases are not folded")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_log_probabilities_stay(shape):
+def test_log_probabilities_stay(shape: Any) -> None:
     for wanted in (STEPS, *([step] for step in STEPS)):
         reference, bridge = models.pair(**SHAPES[shape])
         steps = {step: step in wanted for step in STEPS}
@@ -38,7 +39,7 @@ def test_log_probabilities_stay(shape):
 
 
 @pytest.mark.parametrize("activation", sorted(ACT2FN))
-def test_every_activation_stays_itself(activation):
+def test_every_activation_stays_itself(activation: Any) -> None:
     reference, bridge = models.pair(hidden_act=activation)
     bridge.enable_compatibility_mode(disable_warnings=True)
     assert gap(reference, bridge) < 5e-5
@@ -46,7 +47,7 @@ def test_every_activation_stays_itself(activation):
 
 @pytest.mark.parametrize("shape", ["gqa-bias", "mqa-some-biases"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_value_biases_are_folded_where_that_is_legal(dtype, shape):
+def test_value_biases_are_folded_where_that_is_legal(dtype: Any, shape: Any) -> None:
     _, bridge = models.pair(dtype=dtype, **SHAPES[shape])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -58,7 +59,7 @@ def test_value_biases_are_folded_where_that_is_legal(dtype, shape):
     assert bridge(TOKENS).dtype == dtype
 
 
-def test_value_biases_stay_before_a_clamp():
+def test_value_biases_stay_before_a_clamp() -> None:
     reference, bridge = models.pair(**SHAPES["gqa-clip-bias"])
     with pytest.warns(UserWarning, match=r"clip_qkv=0\.5"):
         bridge.enable_compatibility_mode(disable_warnings=True)
@@ -66,7 +67,7 @@ def test_value_biases_stay_before_a_clamp():
     assert same(bridge.blocks[0].attn.b_V.flatten(), expected)
 
 
-def test_value_biases_stay_while_dropout_is_active():
+def test_value_biases_stay_while_dropout_is_active() -> None:
     _, bridge = models.pair(attention_bias=True, attention_dropout=0.1)
     bridge.train()
     with pytest.warns(UserWarning, match="attention_dropout"):
@@ -75,7 +76,7 @@ def test_value_biases_stay_while_dropout_is_active():
 
 
 @pytest.mark.parametrize("way", ["enable_compatibility_mode", "process_weights"])
-def test_a_refusal_changes_nothing(way):
+def test_a_refusal_changes_nothing(way: Any) -> None:
     reference, bridge = models.pair(**SHAPES["gqa-bias"])
     names, weights = list(bridge.hook_dict), {k: v.clone() for k, v in bridge.state_dict().items()}
     with pytest.raises(ValueError, match="rotary"):
@@ -89,14 +90,14 @@ def test_a_refusal_changes_nothing(way):
     assert gap(reference, bridge) < 5e-5
 
 
-def test_all_processed_weights_train():
+def test_all_processed_weights_train() -> None:
     _, bridge = models.pair()
     bridge.enable_compatibility_mode(disable_warnings=True)
     models.backward(bridge(TOKENS))
     assert all(p.grad is not None and p.grad.any() for p in bridge.parameters())
 
 
-def test_padded_queries_have_no_pattern_and_no_nan():
+def test_padded_queries_have_no_pattern_and_no_nan() -> None:
     _, bridge = models.pair(attention_bias=True)
     bridge.enable_compatibility_mode(disable_warnings=True)
     logits, cache = bridge.run_with_cache(TOKENS, attention_mask=models.LEFT)
@@ -105,7 +106,7 @@ def test_padded_queries_have_no_pattern_and_no_nan():
     assert not any(p.grad.isnan().any() for p in bridge.parameters())
 
 
-def test_processing_unties_and_says_so():
+def test_processing_unties_and_says_so() -> None:
     _, bridge = models.pair(tie_word_embeddings=True)
     assert bridge.cfg.tie_word_embeddings
     bridge.enable_compatibility_mode(disable_warnings=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -19,15 +20,15 @@ EDITED = {
 }
 
 
-def twist(tensor, hook):
+def twist(tensor: Any, hook: Any) -> Any:
     return tensor * torch.linspace(-1, 1, tensor.shape[-1])
 
 
-def copied(bridge):
+def copied(bridge: Any) -> Any:
     return copy.deepcopy(bridge)
 
 
-def saved_and_loaded(bridge):
+def saved_and_loaded(bridge: Any) -> Any:
     buffer = io.BytesIO()
     torch.save(bridge, buffer)
     buffer.seek(0)
@@ -37,7 +38,7 @@ def saved_and_loaded(bridge):
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "after-forward"])
 @pytest.mark.parametrize("twin_of", [copied, saved_and_loaded])
 @pytest.mark.parametrize("flag", EDITED)
-def test_a_twin_is_independent(flag, twin_of, used):
+def test_a_twin_is_independent(flag: Any, twin_of: Any, used: Any) -> None:
     bridge = models.bridged(models.olmo(**SHAPES["gqa-clip-bias"]))
     if used:
         setattr(bridge.cfg, flag, True)
@@ -63,7 +64,7 @@ def test_a_twin_is_independent(flag, twin_of, used):
     assert not same(edited, plain)
 
 
-def test_a_copy_outlives_its_original():
+def test_a_copy_outlives_its_original() -> None:
     bridge = models.bridged(models.olmo())
     bridge.cfg.use_split_qkv_input = True
     expected = bridge(TOKENS)
@@ -73,7 +74,7 @@ def test_a_copy_outlives_its_original():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_state_dicts_round_trip(shape):
+def test_state_dicts_round_trip(shape: Any) -> None:
     bridge = models.bridged(models.olmo(**SHAPES[shape]))
     other = models.bridged(models.olmo(**SHAPES[shape]))
     for parameter in other.parameters():

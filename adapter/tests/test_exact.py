@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ FLAGS = ["use_split_qkv_input", "use_attn_in", "use_attn_result", "use_hook_mlp_
 )
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_logits_and_gradients(dtype, shape, cache, mask, hooked):
+def test_logits_and_gradients(dtype: Any, shape: Any, cache: Any, mask: Any, hooked: Any) -> None:
     reference, bridge = models.pair(dtype=dtype, **SHAPES[shape])
     if hooked:
         models.observe_everything(bridge)
@@ -35,7 +37,7 @@ def test_logits_and_gradients(dtype, shape, cache, mask, hooked):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_training(dtype, checkpointing):
+def test_training(dtype: Any, checkpointing: Any) -> None:
     reference, bridge = models.pair(dtype=dtype, attention_dropout=0.3, clip_qkv=0.5)
     outputs = []
     for model in (reference, bridge):
@@ -52,7 +54,7 @@ def test_training(dtype, checkpointing):
 
 @pytest.mark.parametrize("flag", FLAGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_flags_change_nothing_without_an_edit(dtype, flag):
+def test_flags_change_nothing_without_an_edit(dtype: Any, flag: Any) -> None:
     reference, bridge = models.pair(dtype=dtype, **SHAPES["gqa-clip-bias"])
     setattr(bridge.cfg, flag, True)
     models.observe_everything(bridge)
@@ -64,7 +66,7 @@ def test_flags_change_nothing_without_an_edit(dtype, flag):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_cache_is_hugging_face_s(dtype):
+def test_the_cache_is_hugging_face_s(dtype: Any) -> None:
     reference, bridge = models.pair(dtype=dtype, **SHAPES["gqa-clip-bias"])
     expected = reference(TOKENS, use_cache=True).past_key_values
     cache = bridge.original_model(TOKENS, use_cache=True).past_key_values
@@ -77,7 +79,7 @@ def test_the_cache_is_hugging_face_s(dtype):
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["fresh", "asked-before-bridging"])
-def test_output_attentions(before):
+def test_output_attentions(before: Any) -> None:
     reference, model = models.olmo(num_key_value_heads=2), models.olmo(num_key_value_heads=2)
     if before:
         model(TOKENS, output_attentions=True)
@@ -89,7 +91,7 @@ def test_output_attentions(before):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_attention_called_alone(dtype):
+def test_an_attention_called_alone(dtype: Any) -> None:
     reference, bridge = models.pair(dtype=dtype, **SHAPES["gqa-clip-bias"])
     bridge.adapter.setup_component_testing(bridge.original_model, bridge)
     hidden = torch.randn(2, 6, 32).to(dtype)
@@ -104,14 +106,14 @@ def test_an_attention_called_alone(dtype):
         attention(hidden)
 
 
-def test_no_bias_to_train_is_added():
+def test_no_bias_to_train_is_added() -> None:
     reference, bridge = models.pair()
     names = [name for name, _ in bridge.original_model.named_parameters()]
     assert len(names) == len(list(reference.parameters()))
     assert not any(name.endswith("bias") for name in names)
 
 
-def test_the_same_cast_and_back():
+def test_the_same_cast_and_back() -> None:
     reference, bridge = models.pair(**SHAPES["gqa-clip-bias"])
     for dtype in (torch.bfloat16, torch.float32):
         assert same(bridge.to(dtype)(TOKENS), reference.to(dtype)(TOKENS).logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -19,27 +20,27 @@ FLAGGED = {
 ALWAYS_NULL = ["rotary_emb.hook_in"]  # only its dtype and device are read, as in Hugging Face
 
 
-def flagged(bridge, flag):
+def flagged(bridge: Any, flag: Any) -> Any:
     if flag is not None:
         setattr(bridge.cfg, flag, True)
     return bridge
 
 
-def flip(tensor):
+def flip(tensor: Any) -> Any:
     """Change the second position, and nothing else."""
     tensor = tensor.clone()
     tensor[:, 1] = 0.1 - tensor[:, 1]
     return tensor
 
 
-def live_names(bridge, flag):
+def live_names(bridge: Any, flag: Any) -> Any:
     gated = set().union(*FLAGGED.values()) - FLAGGED.get(flag, set())
     return [name for name in bridge.hook_dict if name.rsplit(".", 1)[-1] not in gated]
 
 
 @pytest.mark.parametrize("processed", [False, True], ids=["raw", "processed"])
 @pytest.mark.parametrize("flag", [None, *FLAGGED])
-def test_every_name_fires_once(flag, processed):
+def test_every_name_fires_once(flag: Any, processed: Any) -> None:
     bridge = models.bridged(models.olmo(**SHAPES["gqa-clip-bias"]))
     if processed:
         bridge.enable_compatibility_mode(disable_warnings=True, fold_value_biases=False)
@@ -51,7 +52,7 @@ def test_every_name_fires_once(flag, processed):
     assert fired == dict.fromkeys(live_names(bridge, flag), 1)
 
 
-def test_no_dead_names():
+def test_no_dead_names() -> None:
     names = models.bridged(models.olmo()).hook_dict
     dead = ("hook_pos_embed", "rotary_emb.hook_out", "attn.hook_hidden_states")
     assert not [name for name in names if name.endswith(dead)]
@@ -59,14 +60,14 @@ def test_no_dead_names():
 
 @pytest.mark.parametrize("flag", [None, *FLAGGED])
 @pytest.mark.parametrize("shape", ["gqa-clip-bias", "mqa-head_dim"])
-def test_an_edit_acts_and_in_place_it_acts_the_same(shape, flag):
+def test_an_edit_acts_and_in_place_it_acts_the_same(shape: Any, flag: Any) -> None:
     bridge = flagged(models.bridged(models.olmo(**SHAPES[shape])), flag)
     plain = bridge(TOKENS)
 
-    def returned(tensor, hook):
+    def returned(tensor: Any, hook: Any) -> Any:
         return flip(tensor)
 
-    def in_place(tensor, hook):
+    def in_place(tensor: Any, hook: Any) -> Any:
         tensor.copy_(flip(tensor))
 
     for name in live_names(bridge, flag):
@@ -83,7 +84,7 @@ def test_an_edit_acts_and_in_place_it_acts_the_same(shape, flag):
         assert same(results[0][0], plain) == (name in ALWAYS_NULL), name
 
 
-def test_hooks_around_the_clamp():
+def test_hooks_around_the_clamp() -> None:
     reference, bridge = models.pair(**SHAPES["gqa-clip-bias"])
     _, cache = bridge.run_with_cache(TOKENS)
     attention = reference.model.layers[0].self_attn
@@ -99,9 +100,9 @@ def test_hooks_around_the_clamp():
     torch.testing.assert_close(z, cache["blocks.0.attn.hook_z"])
 
 
-def test_the_clamp_s_gradient_at_the_clip_itself():
+def test_the_clamp_s_gradient_at_the_clip_itself() -> None:
     bridge = models.bridged(models.olmo(clip_qkv=0.5))
-    seen = {}
+    seen: dict[str, torch.Tensor] = {}
 
     hooks = [("blocks.0.attn.hook_v", lambda tensor, hook: tensor * 0 + 0.5)]
     watch = [("blocks.0.attn.hook_v", lambda grad, hook: seen.update(before=grad.clone()))]
@@ -113,10 +114,10 @@ def test_the_clamp_s_gradient_at_the_clip_itself():
     assert same(seen["before"], seen["after"])
 
 
-def test_per_head_copies_reach_their_own_head_only():
+def test_per_head_copies_reach_their_own_head_only() -> None:
     bridge = flagged(models.bridged(models.olmo(num_key_value_heads=2)), "use_split_qkv_input")
 
-    def edit(tensor, hook):
+    def edit(tensor: Any, hook: Any) -> Any:
         tensor[:, :, 1] *= torch.linspace(-1, 1, 32)
 
     with bridge.hooks(fwd_hooks=[("blocks.0.attn.hook_k_input", edit)]):
@@ -131,10 +132,10 @@ def test_per_head_copies_reach_their_own_head_only():
     assert same(edited["blocks.0.attn.hook_q"], plain["blocks.0.attn.hook_q"])
 
 
-def test_attn_in_reaches_the_key_value_head_of_its_group():
+def test_attn_in_reaches_the_key_value_head_of_its_group() -> None:
     bridge = flagged(models.bridged(models.olmo(num_key_value_heads=2)), "use_attn_in")
 
-    def edit(tensor, hook):
+    def edit(tensor: Any, hook: Any) -> Any:
         tensor[:, :, 3] *= torch.linspace(-1, 1, 32)
 
     with bridge.hooks(fwd_hooks=[("blocks.0.attn.hook_attn_in", edit)]):
@@ -146,20 +147,20 @@ def test_attn_in_reaches_the_key_value_head_of_its_group():
             assert same(before[:, :, head], after[:, :, head]) == (head not in touched)
 
 
-def test_edits_that_do_not_compose_are_refused():
+def test_edits_that_do_not_compose_are_refused() -> None:
     bridge = flagged(models.bridged(models.olmo()), "use_split_qkv_input")
     both = ["blocks.0.ln1.hook_out", "blocks.0.attn.hook_q_input"]
     with pytest.raises(ValueError, match="edit one of them"):
         bridge.run_with_hooks(TOKENS, fwd_hooks=[(n, lambda t, hook: flip(t)) for n in both])
 
 
-def test_per_head_hooks_need_a_plain_weight():
+def test_per_head_hooks_need_a_plain_weight() -> None:
     class Adapted(torch.nn.Module):
-        def __init__(self, linear):
+        def __init__(self, linear: Any) -> None:
             super().__init__()
             self.linear = linear
 
-        def forward(self, x):
+        def forward(self, x: Any) -> Any:
             return self.linear(x)
 
     model = models.olmo()
@@ -169,7 +170,7 @@ def test_per_head_hooks_need_a_plain_weight():
         bridge(TOKENS)
 
 
-def test_results_of_heads_can_be_ablated_exactly():
+def test_results_of_heads_can_be_ablated_exactly() -> None:
     bridge = flagged(models.bridged(models.olmo(**SHAPES["gqa-clip-bias"])), "use_attn_result")
     zero = [("blocks.0.attn.hook_result", lambda tensor, hook: torch.zeros_like(tensor))]
     with bridge.hooks(fwd_hooks=zero):

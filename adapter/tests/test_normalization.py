@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.func import hessian, jvp, vmap
@@ -10,7 +12,7 @@ from torch.nn.functional import layer_norm
 from adapter.tests import models
 from adapter.tests.models import DTYPES, TOKENS, same
 
-EDITS = {
+EDITS: dict[str, Any] = {
     "factor": lambda t: t * 1.5,
     "sum": lambda t: t + 0.25,
     "constant": lambda t: torch.full_like(t, 2.0),
@@ -21,11 +23,11 @@ PLACES = ["blocks.0.ln1", "blocks.0.ln2", "blocks.1.ln1", "blocks.1.ln2", "ln_fi
 class FromScratch(torch.nn.Module):
     """OLMo's LayerNorm with an edit inside, computed without a bridge."""
 
-    def __init__(self, inside, edit):
+    def __init__(self, inside: Any, edit: Any) -> None:
         super().__init__()
         self.inside, self.edit = inside, edit
 
-    def forward(self, x):
+    def forward(self, x: Any) -> Any:
         wide = x.to(torch.float32)
         if self.inside == "hook_normalized":
             return self.edit(layer_norm(wide, wide.shape[-1:], eps=1e-5).to(x.dtype))
@@ -34,7 +36,7 @@ class FromScratch(torch.nn.Module):
         return (centered / self.edit(scale)).to(x.dtype)
 
 
-def rebuilt(reference, inside, edit):
+def rebuilt(reference: Any, inside: Any, edit: Any) -> Any:
     """Replace every LayerNorm by one with an edit inside."""
     for layer in reference.model.layers:
         layer.input_layernorm = FromScratch(inside, edit)
@@ -43,7 +45,7 @@ def rebuilt(reference, inside, edit):
     return reference
 
 
-def with_edits(bridge, inside, hook, watched):
+def with_edits(bridge: Any, inside: Any, hook: Any, watched: Any) -> Any:
     names = [f"{place}.{inside}" for place in PLACES]
     watch = [(name, lambda grad, hook: None) for name in names] if watched else []
     return bridge.hooks(fwd_hooks=[(name, hook) for name in names], bwd_hooks=watch)
@@ -53,10 +55,12 @@ def with_edits(bridge, inside, hook, watched):
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("inside", ["hook_scale", "hook_normalized"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_edit_has_the_effect_of_the_same_edit_from_scratch(dtype, inside, edit, style):
+def test_an_edit_has_the_effect_of_the_same_edit_from_scratch(
+    dtype: Any, inside: Any, edit: Any, style: Any
+) -> None:
     reference, bridge = models.pair(dtype=dtype)
 
-    def hook(tensor, hook):
+    def hook(tensor: Any, hook: Any) -> Any:
         if style != "in-place":
             return EDITS[edit](tensor)
         tensor.copy_(EDITS[edit](tensor.clone()))
@@ -74,7 +78,7 @@ def test_an_edit_has_the_effect_of_the_same_edit_from_scratch(dtype, inside, edi
             torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=bound)
 
 
-def test_a_detached_scale_freezes_the_norm():
+def test_a_detached_scale_freezes_the_norm() -> None:
     reference, bridge = models.pair()
     reference.model.norm = FromScratch("hook_scale", torch.Tensor.detach)
     models.backward(reference(TOKENS).logits)
@@ -88,11 +92,11 @@ def test_a_detached_scale_freezes_the_norm():
     assert not torch.allclose(frozen, other.blocks[1].mlp.out.weight.grad, rtol=0.01)
 
 
-def test_backward_hooks_see_and_change_the_gradient_of_the_scale():
+def test_backward_hooks_see_and_change_the_gradient_of_the_scale() -> None:
     reference, bridge = models.pair()
-    kept = {}
+    kept: dict[str, torch.Tensor] = {}
 
-    def keep(scale):
+    def keep(scale: Any) -> Any:
         scale.retain_grad()
         kept["scale"] = scale
         return scale
@@ -100,7 +104,7 @@ def test_backward_hooks_see_and_change_the_gradient_of_the_scale():
     reference.model.layers[0].input_layernorm = FromScratch("hook_scale", keep)
     models.backward(reference(TOKENS).logits)
 
-    def drop(grad, hook):
+    def drop(grad: Any, hook: Any) -> Any:
         kept["seen"] = grad.clone()
         return torch.zeros_like(grad)
 
@@ -113,7 +117,7 @@ def test_backward_hooks_see_and_change_the_gradient_of_the_scale():
     torch.testing.assert_close(dropped, detached.embed.weight.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_caching_all_gradients_unfiltered():
+def test_caching_all_gradients_unfiltered() -> None:
     bridge = models.bridged(models.olmo())
     _, cache = bridge.run_with_cache(TOKENS, incl_bwd=True, return_type="loss")
     for place in PLACES:
@@ -122,7 +126,7 @@ def test_caching_all_gradients_unfiltered():
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward-and-backward"])
-def test_second_derivatives_while_observed(backward):
+def test_second_derivatives_while_observed(backward: Any) -> None:
     reference, bridge = models.pair(num_hidden_layers=1)
     for norm in (bridge.blocks[0].ln1, bridge.ln_final):
         for point in (norm.hook_scale, norm.hook_normalized):
@@ -130,18 +134,18 @@ def test_second_derivatives_while_observed(backward):
             if backward:
                 point.add_hook(lambda tensor, hook: None, dir="bwd")
     results = []
-    for model, weight in (
-        (lambda: reference(TOKENS).logits, reference.model.layers[0].self_attn.v_proj.weight),
-        (lambda: bridge(TOKENS), bridge.blocks[0].attn.v.weight),
+    for logits, weight in (
+        (reference(TOKENS).logits, reference.model.layers[0].self_attn.v_proj.weight),
+        (bridge(TOKENS), bridge.blocks[0].attn.v.weight),
     ):
-        loss = model().log_softmax(-1)[..., 3].sum()
+        loss = logits.log_softmax(-1)[..., 3].sum()
         (first,) = torch.autograd.grad(loss, weight, create_graph=True)
         results.append(torch.autograd.grad(first.pow(2).sum(), weight)[0])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-def test_function_transforms_while_observed():
+def test_function_transforms_while_observed() -> None:
     bridge = models.bridged(models.olmo())
     norm = bridge.blocks[0].ln1
     norm.hook_scale.add_hook(lambda tensor, hook: None)
@@ -155,7 +159,7 @@ def test_function_transforms_while_observed():
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-20, 1e18, 1e30, float("inf"), float("nan")])
-def test_extreme_inputs_while_observed(value):
+def test_extreme_inputs_while_observed(value: Any) -> None:
     bridge = models.bridged(models.olmo())
     norm = bridge.blocks[0].ln1
     norm.hook_scale.add_hook(lambda tensor, hook: None)
