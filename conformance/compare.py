@@ -10,7 +10,7 @@ import torch
 
 from conformance.observe import Observation
 from conformance.sites import Site
-from conformance.tolerance import Allowance, exactly, of_site
+from conformance.tolerance import Allowance, exactly, of_gradient, of_value
 
 
 @dataclass(frozen=True)
@@ -70,17 +70,19 @@ def compare_tensors(
     difference = (wide_actual - wide_expected).abs()
     same = (wide_actual == wide_expected) | (wide_actual.isnan() & wide_expected.isnan())
     bound = allowance.atol + allowance.rtol * wide_expected.abs()
-    wrong = ~same & ~(difference <= bound)
+    # An infinity is within no bound, not even one that an infinite expectation makes infinite.
+    wrong = ~same & ~(difference.isfinite() & (difference <= bound))
     count = int(wrong.sum())
     if not count:
         return None
     # A NaN or an infinity on one side only is the greatest difference there is.
-    size = torch.where(wrong, difference.nan_to_num(nan=torch.inf), -1.0)
+    size = torch.where(wrong, difference.nan_to_num(nan=torch.inf, posinf=torch.inf), -1.0)
     flat = int(size.argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), size.shape))
     greatest = float(size.flatten()[flat])
     size_there = float(wide_expected.flatten()[flat].abs())
-    relative = f" (relative {greatest / size_there:.1e})" if size_there else ""
+    shown = 0 < size_there < torch.inf
+    relative = f" (relative {greatest / size_there:.1e})" if shown else ""
     where = f" at {index}" if index else ""
     detail = (
         f"{count} of {expected.numel()} differ, greatest {greatest:.1e}{where}{relative}, "
@@ -142,7 +144,7 @@ def compare_values(
         if key in actual.values:
             site = sites[key.partition("#")[0]]
             wanted = expected.values[key]
-            allowance = of_site(site, wanted.dtype)
+            allowance = of_value(site, key, expected.values)
             derived = bool(site.derived)
             gap = compare_tensors(key, wanted, actual.values[key], allowance, any_wider=derived)
             gaps += [gap] if gap else []
@@ -168,7 +170,7 @@ def compare_gradients(
             gaps.append(Gap(name, "count", f"fired backwards {counts[name]} times"))
         else:
             wanted = expected.gradients[name]
-            allowance = of_site(sites[name], wanted.dtype)
+            allowance = of_gradient(sites[name], expected.values, expected.gradients)
             gap = compare_tensors(
                 name,
                 wanted,

@@ -111,11 +111,8 @@ def pytest_runtest_makereport(
     error = call.excinfo.value if call.excinfo is not None else None
     verdict = getattr(error, "verdict", None)
     if verdict is not None:
-        from conformance.run import versions
+        from conformance.run import write_case
 
-        folder = Path(item.config.invocation_params.dir) / FAILURES
-        folder.mkdir(exist_ok=True)
-        text = verdict.record(versions()).dumps()
-        (folder / verdict.file_name).write_text(text, encoding="utf-8")
+        write_case(verdict, Path(item.config.invocation_params.dir) / FAILURES)
         report.user_properties.append(("conformance", verdict.check))
     return report

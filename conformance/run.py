@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import hypothesis
 from hypothesis import HealthCheck, Verbosity, given, settings
@@ -94,6 +95,14 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def write_case(verdict: Verdict, folder: Path) -> Path:
+    """Put a verdict's case on file, where the verdict's replay line looks for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / verdict.file_name
+    path.write_text(verdict.record(versions()).dumps(), encoding="utf-8")
+    return path
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Every known defect has a short reproducer that stands alone."""
 
 import ast
+from pathlib import Path
 
 import pytest
 
@@ -18,11 +19,11 @@ def test_the_ledger_and_the_folder_agree() -> None:
 
 
 @pytest.mark.parametrize("path", REPRODUCERS, ids=lambda path: path.stem)
-def test_reproducer_is_short_and_stands_alone(path) -> None:  # type: ignore[no-untyped-def]
+def test_reproducer_is_short_and_stands_alone(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) < 25
     imported = {
-        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+        str(node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
         for node in ast.walk(ast.parse(text))
         if isinstance(node, (ast.Import, ast.ImportFrom))
     }

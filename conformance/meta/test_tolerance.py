@@ -1,0 +1,283 @@
+"""Each allowance lets a right computation through, and no mutant just above it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformer_lens.utilities.lm_utils import lm_cross_entropy_loss
+
+from conformance.compare import compare_tensors
+from conformance.sites import sites
+from conformance.spec import ModelSpec
+from conformance.tolerance import (
+    FLOAT32_ULP,
+    Allowance,
+    exactly,
+    of_gradient,
+    of_log_probabilities,
+    of_loss,
+    of_second_derivative,
+    of_value,
+)
+
+torch.set_num_threads(1)  # on small tensors, threads only wait for each other
+
+ULP = FLOAT32_ULP
+TABLE = sites(ModelSpec())
+SCALE, NORMALIZED = TABLE["ln_final.hook_scale"], TABLE["ln_final.hook_normalized"]
+LONG = (torch.float32, torch.float64)
+SHORT = (torch.bfloat16, torch.float16)
+EPS = 1e-5
+
+Tensors = dict[str, torch.Tensor]
+
+
+def agree(expected: torch.Tensor, actual: torch.Tensor, allowance: Allowance) -> bool:
+    return compare_tensors("site", expected, actual, allowance, any_wider=True) is None
+
+
+def scratch(x: torch.Tensor, *, eps: float = EPS, unbiased: bool = False) -> Tensors:
+    """A LayerNorm's sites from its definition, in the dtype of ``x``, by a reciprocal root."""
+    variance = x.var(-1, keepdim=True, unbiased=unbiased) + eps
+    normalized = (x - x.mean(-1, keepdim=True)) * variance.rsqrt()
+    return {"ln_final.hook_scale": variance.sqrt(), "ln_final.hook_normalized": normalized}
+
+
+def reference(x: torch.Tensor) -> Tensors:
+    """A LayerNorm's sites as Hugging Face's float32 kernel has them and the taps recompute them."""
+    wide = x.float()
+    centered = wide - wide.mean(-1, keepdim=True)
+    return {
+        "ln_final.hook_in": x,
+        "ln_final.hook_scale": (centered.pow(2).mean(-1, keepdim=True) + EPS).sqrt(),
+        "ln_final.hook_normalized": F.layer_norm(wide, x.shape[-1:], eps=EPS).to(x.dtype),
+    }
+
+
+ROWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "plain": lambda x: x,
+    "far from zero": lambda x: x + 30,
+    "nearly constant": lambda x: 3 + 3e-3 * x,
+    "small": lambda x: 1e-3 * x,
+}
+
+
+def rows(kind: str, width: int, dtype: torch.dtype) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(width)
+    return ROWS[kind](torch.randn(50, width, generator=draw, dtype=torch.float64)).to(dtype)
+
+
+# --- the edges
+
+
+@pytest.mark.parametrize(
+    "allowance",
+    [
+        Allowance(0.0, 0.25, "only absolute"),
+        Allowance(0.25, 0.0, "only relative"),
+        Allowance(0.125, 0.5, "both"),
+        of_loss(torch.float32),
+        of_loss(torch.bfloat16),
+        of_second_derivative(torch.tensor([3.0, -5.0])),
+        of_log_probabilities(),
+    ],
+    ids=str,
+)
+def test_just_inside_passes_and_just_above_dies(allowance: Allowance) -> None:
+    for entry in (3.0, -5.0):
+        expected = torch.tensor([0.0, entry], dtype=torch.float64)
+        bound = allowance.atol + allowance.rtol * abs(entry)
+        assert bound > 0
+        for side in (-1, 1):
+            off = torch.tensor([0.0, side * bound], dtype=torch.float64)
+            assert agree(expected, expected + off * (1 - 1e-6), allowance)
+            assert not agree(expected, expected + off * (1 + 1e-6), allowance)
+
+
+@pytest.mark.parametrize("dtype", [*LONG, *SHORT])
+def test_nothing_that_is_not_named_may_differ(dtype: torch.dtype) -> None:
+    allowance = exactly(dtype)
+    assert allowance.exact
+    one = torch.ones(1, dtype=dtype)
+    for towards in (0.0, 2.0):
+        near = torch.nextafter(one, torch.full_like(one, towards))
+        assert not agree(one, near, allowance)
+    for name, site in TABLE.items():
+        if not site.derived:
+            assert of_value(site, name, {name: one}).exact
+            assert of_gradient(site, {}, {name: one}).exact
+
+
+def test_an_allowance_says_what_it_is() -> None:
+    assert str(exactly(torch.float64)) == "0 (bitwise: float64 eager)"
+    assert str(Allowance(1e-5, 2e-6, "why")) == "2.0e-06 + 1.0e-05 * |expected| (why)"
+    assert not Allowance(0.0, 1e-9, "why").exact
+    assert not Allowance(1e-9, 0.0, "why").exact
+    x = torch.ones(1, 2)
+    for site in (SCALE, NORMALIZED):
+        assert site.derived in str(of_value(site, site.name, reference(x)))
+
+
+# --- what is derived: hook_scale and hook_normalized
+
+
+def test_the_bounds_of_derived_values_are_those_of_the_formula() -> None:
+    x = torch.tensor([[2.0, -4.0], [0.5, 0.25]])
+    values = {
+        "ln_final.hook_in": x,
+        "ln_final.hook_scale": torch.tensor([[8.0], [0.25]]),
+        "ln_final.hook_normalized": torch.ones(2, 2),
+    }
+    scale = of_value(SCALE, SCALE.name, values)
+    assert (scale.rtol, scale.atol) == (8 * ULP, 8 * ULP * 4.0)
+    normalized = of_value(NORMALIZED, NORMALIZED.name, values)
+    assert (normalized.rtol, normalized.atol) == (8 * ULP, 8 * ULP * 2.0)
+    for dtype in SHORT:
+        short = values | {NORMALIZED.name: torch.ones(2, 2, dtype=dtype)}
+        allowance = of_value(NORMALIZED, NORMALIZED.name, short)
+        assert allowance.rtol == 8 * ULP + torch.finfo(dtype).eps
+
+
+def test_the_bound_of_a_chunk_comes_of_that_chunk() -> None:
+    values = {f"{name}#1": tensor for name, tensor in reference(torch.tensor([[1.0, 5.0]])).items()}
+    values |= reference(torch.tensor([[1.0, 2.0]]))
+    assert of_value(SCALE, SCALE.name, values).atol == 8 * ULP * 2.0
+    assert of_value(SCALE, f"{SCALE.name}#1", values).atol == 8 * ULP * 5.0
+
+
+def test_an_edited_scale_of_zero_allows_no_more() -> None:
+    values = reference(torch.tensor([[1.0, 2.0], [3.0, 1.0]]))
+    values[SCALE.name] = torch.tensor([[0.0], [0.5]])
+    assert of_value(NORMALIZED, NORMALIZED.name, values).atol == 8 * ULP * 6.0
+    values[SCALE.name] = torch.zeros(2, 1)
+    assert of_value(NORMALIZED, NORMALIZED.name, values).atol == 0
+
+
+def test_the_bound_of_a_scale_s_gradient_counts_the_terms_and_not_their_sum() -> None:
+    values = {
+        "ln_final.hook_in": torch.tensor([[2.0, -4.0]]),
+        "ln_final.hook_scale": torch.tensor([[0.5]]),
+        "ln_final.hook_normalized": torch.tensor([[1.0, 1.0]]),
+    }
+    gradients = {
+        "ln_final.hook_out": torch.tensor([[3.0, -3.0]]),
+        "ln_final.hook_scale": torch.tensor([[0.0]]),
+        "ln_final.hook_normalized": torch.tensor([[3.0, -3.0]]),
+    }
+    allowance = of_gradient(SCALE, values, gradients)
+    assert allowance.rtol == 8 * ULP
+    assert allowance.atol == 8 * ULP * 2 * 3.0 * (1 + 4.0 / 0.5) / 0.5
+    assert of_gradient(NORMALIZED, values, gradients).exact
+
+
+@pytest.mark.parametrize("dtype", LONG)
+@pytest.mark.parametrize("width", [2, 3, 24, 4096])
+@pytest.mark.parametrize("kind", ROWS)
+def test_a_right_layer_norm_with_other_roundings_passes(
+    kind: str, width: int, dtype: torch.dtype
+) -> None:
+    x = rows(kind, width, dtype)
+    expected = reference(x)
+    for own in (x, x.float()):
+        actual = scratch(own)
+        for site in (SCALE, NORMALIZED):
+            allowance = of_value(site, site.name, expected)
+            assert agree(expected[site.name], actual[site.name].to(dtype), allowance), site.name
+
+
+@pytest.mark.parametrize("dtype", SHORT)
+def test_a_short_dtype_may_be_rounded_or_not(dtype: torch.dtype) -> None:
+    x = rows("plain", 24, dtype)
+    expected = reference(x)
+    allowance = of_value(NORMALIZED, NORMALIZED.name, expected)
+    wide = scratch(x.float())[NORMALIZED.name]
+    due = expected[NORMALIZED.name]
+    assert agree(due, wide, allowance)
+    assert agree(due, torch.nextafter(due, torch.full_like(due, 9.0)), allowance)
+    assert not agree(due, due + 4 * torch.finfo(dtype).eps, allowance)
+
+
+@pytest.mark.parametrize("width", [2, 24, 4096])
+@pytest.mark.parametrize("mutant", [{"eps": 1e-6}, {"eps": 1.5e-5}, {"unbiased": True}], ids=str)
+def test_a_wrong_layer_norm_dies(mutant: dict[str, float | bool], width: int) -> None:
+    x = 0.3 * rows("plain", width, torch.float32)  # of the size that drawn embeddings have
+    expected, actual = reference(x), scratch(x, **mutant)  # type: ignore[arg-type]
+    for site in (SCALE, NORMALIZED):
+        allowance = of_value(site, site.name, expected)
+        assert not agree(expected[site.name], actual[site.name], allowance), site.name
+
+
+@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("width", [2, 24, 4096])
+def test_a_scale_s_gradient_from_scratch_passes_and_a_wrong_one_dies(kind: str, width: int) -> None:
+    x = rows(kind, width, torch.float32)
+    values = reference(x)
+    arriving = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    scale = values[SCALE.name].clone().requires_grad_()
+    ((x - x.mean(-1, keepdim=True)) / scale).backward(arriving)  # type: ignore[no-untyped-call]
+    assert scale.grad is not None
+    gradients = {"ln_final.hook_out": arriving, SCALE.name: scale.grad}
+    allowance = of_gradient(SCALE, values, gradients)
+    wide = x.double() - x.double().mean(-1, keepdim=True)
+    right = -(arriving.double() * wide).sum(-1, keepdim=True) / scale.detach().double() ** 2
+    assert agree(scale.grad, right.float(), allowance)
+    assert not agree(scale.grad, torch.zeros_like(scale.grad), allowance)
+    assert not agree(scale.grad, (right * scale.detach()).float(), allowance)
+    if kind != "nearly constant":
+        assert not agree(scale.grad, (1.01 * right).float(), allowance)
+
+
+# --- the loss
+
+
+def losses(dtype: torch.dtype, *, confident: bool, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hugging Face's and transformer_lens' loss of the same drawn logits."""
+    draw = torch.Generator().manual_seed(seed)
+    logits = (3 * torch.randn(1, 4, 10, generator=draw)).to(dtype)
+    tokens = torch.randint(0, 10, (1, 4), generator=draw)
+    if confident:
+        tokens[:, 1:] = logits.argmax(-1)[:, :-1]
+    due = F.cross_entropy(logits[0, :-1].float(), tokens[0, 1:])
+    return due, lm_cross_entropy_loss(logits, tokens).float()
+
+
+@pytest.mark.parametrize("confident", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, *SHORT])
+def test_transformer_lens_loss_passes(dtype: torch.dtype, confident: bool) -> None:
+    for seed in range(100):
+        due, got = losses(dtype, confident=confident, seed=seed)
+        assert agree(due, got, of_loss(dtype)), (due, got)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *SHORT])
+def test_a_loss_over_other_pairs_dies(dtype: torch.dtype) -> None:
+    for seed in range(20):
+        due, _ = losses(dtype, confident=False, seed=seed)
+        assert not agree(due, due * 31 / 32, of_loss(dtype))  # one pair too many of 31
+
+
+def test_a_float32_loss_may_not_be_rounded_to_a_shorter_dtype() -> None:
+    due = torch.tensor(1.2345)
+    for dtype in SHORT:
+        assert not agree(due, due.to(dtype).float(), of_loss(torch.float32))
+
+
+# --- the others
+
+
+def test_a_second_derivative_is_measured_by_its_greatest_entry() -> None:
+    expected = torch.tensor([100.0, 1e-6, -1.0])
+    allowance = of_second_derivative(expected)
+    assert agree(expected, expected + 0.9e-3, allowance)
+    assert not agree(expected, expected + 1.1e-3, allowance)
+    assert of_second_derivative(torch.zeros(3)).exact
+    assert of_second_derivative(torch.zeros(0)).exact
+
+
+def test_log_probabilities_have_an_absolute_bound() -> None:
+    for expected in torch.tensor([-20.0, -0.1]):
+        assert agree(expected, expected + 4e-5, of_log_probabilities())
+        assert not agree(expected, expected + 6e-5, of_log_probabilities())

@@ -1,0 +1,88 @@
+"""Judge mutants: does the named check kill one, and after how many drawn cases?"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+import hypothesis
+from hypothesis import Phase, Verbosity, given, settings
+
+from adapter import OlmoArchitectureAdapter
+from conformance.checks import REGISTRY, require
+from conformance.mutants.catalogue import Mutant
+from conformance.profiles import profile
+from conformance.run import property_settings
+from conformance.spec import Case
+from conformance.verdict import ConformanceError, Verdict
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What became of a mutant.
+
+    Attributes:
+        mutant: Who.
+        verdict: Of the check on the case that killed it; None if it survived.
+        cases: How many cases were judged.
+        seconds: Time it took.
+    """
+
+    mutant: Mutant
+    verdict: Verdict | None
+    cases: int
+    seconds: float
+
+    @property
+    def killed(self) -> bool:
+        """Whether the named check has found the fault."""
+        return self.verdict is not None
+
+    @property
+    def by(self) -> str | None:
+        """The check that killed it."""
+        return self.verdict.check if self.verdict is not None else None
+
+    def __str__(self) -> str:
+        fate = f"killed by {self.by}" if self.killed else f"SURVIVED {self.mutant.killer}"
+        what = f": {self.verdict.summary}" if self.verdict is not None else ""
+        return f"{self.mutant}: {fate} after {self.cases} cases, {self.seconds:.1f} s{what}"
+
+
+def kill(mutant: Mutant, *, examples: int | None = None, seed: int = 0) -> Kill:
+    """Draw cases for the mutant's killer until one of them fails. Nothing is shrunk.
+
+    Args:
+        mutant: The mutant; it is applied meanwhile.
+        examples: How many cases at most; the ``ci`` profile's for this check if None.
+        seed: Seed of the draws. (Derandomized ones would change with every edit of this function.)
+    """
+    check, start = REGISTRY[mutant.killer], time.perf_counter()
+    found: list[ConformanceError] = []
+    cases = 0
+
+    def one(case: Case) -> None:
+        nonlocal cases
+        if found:  # Hypothesis runs a failure again, to be sure of it
+            raise found[0]
+        cases += 1
+        try:
+            require(check, OlmoArchitectureAdapter, case)
+        except ConformanceError as error:
+            found.append(error)
+            raise
+
+    bound = settings(
+        property_settings(check, profile("ci")),
+        derandomize=False,
+        phases=(Phase.generate,),
+        verbosity=Verbosity.quiet,
+    )
+    if examples is not None:
+        bound = settings(bound, max_examples=examples)
+    drawn = hypothesis.seed(seed)(bound(given(case=check.cases())(one)))
+    with mutant.apply(), suppress(ConformanceError):
+        drawn()
+    seconds = time.perf_counter() - start
+    return Kill(mutant, found[0].verdict if found else None, cases, seconds)
