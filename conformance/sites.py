@@ -245,17 +245,26 @@ def sites(model: ModelSpec) -> dict[str, Site]:
     return {site.name: site for site in _expand(TABLE, model.num_hidden_layers)}
 
 
+def fired_rows(optional: Collection[str] = ()) -> list[Site]:
+    """The rows of the table that fire in a plain forward, ``{i}`` standing for the block.
+
+    Args:
+        optional: Hook patterns that the adapter under test declares.
+    """
+    return [
+        site
+        for site in TABLE
+        if site.status is Status.REQUIRED
+        or (site.status is Status.OPTIONAL and site.name in optional)
+    ]
+
+
 def observable(model: ModelSpec, optional: Collection[str] = ()) -> dict[str, Site]:
     """The sites that fire in a plain forward, by canonical name, in order of execution.
 
     Args:
         model: The model whose blocks are counted.
-        optional: Hook patterns that the adapter under test declares, ``{i}`` for the block.
+        optional: Hook patterns that the adapter under test declares.
     """
-    rows = (
-        site
-        for site in TABLE
-        if site.status is Status.REQUIRED
-        or (site.status is Status.OPTIONAL and site.name in optional)
-    )
+    rows = fired_rows(optional)
     return {site.name: site for site in _expand(rows, model.num_hidden_layers)}

@@ -147,8 +147,8 @@ def of_second_derivative(expected: torch.Tensor) -> Allowance:
 
     Args:
         expected: The reference's. Its entries are sums of terms of either sign as large as the
-            greatest of them, added up in another order: measured up to 1e-6 of the greatest over
-            300 drawn cases. A wrong formula is off by the greatest itself.
+            greatest of them, added up in another order: measured up to 1.6e-6 of the greatest
+            over 250 drawn cases. A wrong formula is off by the greatest itself.
     """
     greatest = float(expected.abs().max()) if expected.numel() else 0.0
     return Allowance(0.0, 1e-5 * greatest, "1e-5 of the greatest entry: another order of summation")
@@ -162,3 +162,15 @@ def of_log_probabilities() -> Allowance:
     15 geometries and every activation; a bias folded past a binding clamp is off by 1 and more.
     """
     return Allowance(0.0, 5e-5, "processed weights: other roundings of the same function")
+
+
+def of_sum_by_head(expected: torch.Tensor) -> Allowance:
+    """The allowance of what is summed head by head where Hugging Face takes one product.
+
+    Args:
+        expected: The reference's logits or gradient, on whose greatest entry the rounding depends.
+            This project's adapter needs none of it; upstream's was up to 1e-4 of it off over 150
+            drawn cases, where gradients nearly cancel. A bias that is lost is off by a tenth.
+    """
+    greatest = float(expected.abs().max()) if expected.numel() else 0.0
+    return Allowance(0.0, 1e-3 * max(greatest, 1e-3), "summed by head: another order of summation")

@@ -6,15 +6,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
 
 from conformance.checks.registry import Adapter, check
 from conformance.compare import Gap, compare_tensors
 from conformance.inputs import inputs
-from conformance.observe import hook_points
+from conformance.observe import hook_points, observe
 from conformance.spec import Case
-from conformance.strategies import cases
+from conformance.strategies import cases, model_specs
 from conformance.subjects import Subject, at_work, bridged, reference
-from conformance.tolerance import exactly
+from conformance.tolerance import exactly, of_sum_by_head
 
 # Flags that cannot be on together are in different settings.
 SETTINGS = (
@@ -92,3 +94,40 @@ def output_attentions(adapter: Adapter, case: Case) -> Iterator[Gap]:
     for block, (due, got) in enumerate(zip(expected, actual, strict=True)):
         gap = compare_tensors(f"attentions[{block}]", due, got, exactly(due.dtype))
         yield from [gap] if gap else []
+
+
+def wide_cases() -> SearchStrategy[Case]:
+    """Cases in the dtypes in which summing per head is within the allowance of one product."""
+    return cases(models=model_specs(dtypes=st.sampled_from(("float32", "float64"))))
+
+
+@check(
+    "alive.flags",
+    "A flag that splits inputs or results by head changes neither logits nor gradients, biases "
+    "included.",
+    wide_cases,
+    examples=0.3,
+)
+def flags(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Under every setting of the flags, against the reference, which knows none of them."""
+    expected = observe(reference(case.model), case)
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    assert subject.bridge is not None
+    for setting in SETTINGS[1:]:
+        with at_work(f"a forward under {setting}"):
+            for flag in setting:
+                getattr(subject.bridge, f"set_{flag}")(True)
+            actual = observe(subject, case)
+            for flag in setting:
+                getattr(subject.bridge, f"set_{flag}")(False)
+        pairs = {"logits": (expected.logits, actual.logits)}
+        for name, due in expected.parameter_gradients.items():
+            got = actual.parameter_gradients[name]
+            if due is not None and got is not None:
+                pairs[name] = (due, got)
+            elif due is not got:
+                yield Gap(f"{name} under {setting}", "missing", "a gradient on one side only")
+        for name, (due, got) in pairs.items():
+            allowance = of_sum_by_head(due)
+            gap = compare_tensors(f"{name} under {setting}", due, got, allowance)
+            yield from [gap] if gap else []

@@ -156,3 +156,23 @@ def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     for name in wanted:
         if fired[name] != 1:
             yield Gap(name, "count", f"fired {fired[name]} times instead of once")
+
+
+@check(
+    "compatibility.trains",
+    "In compatibility mode a backward still gives every parameter of the bridge a gradient.",
+    processed_cases,
+    examples=0.1,
+)
+def trains(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Processed weights are other tensors than the model's, but not detached ones."""
+    case = replace(case, run=replace(case.run, chunks=1))
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    _process(subject, case)
+    bridge = subject.bridge
+    assert bridge is not None
+    with at_work("a backward in compatibility mode"):
+        bridge(inputs(case).tokens, return_type="logits").sum().backward()
+    for name, parameter in bridge.named_parameters():
+        if parameter.grad is None:
+            yield Gap(name, "missing", "no gradient")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
@@ -10,13 +10,19 @@ from hypothesis.strategies import SearchStrategy
 from conformance.checks.registry import Adapter, check
 from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values
 from conformance.observe import observe, sites_of
-from conformance.sites import POST_CLIP, observable
+from conformance.sites import POST_CLIP, fired_rows
 from conformance.spec import EDITS, Case, ModelSpec, RunSpec
-from conformance.strategies import cases, edits, run_specs
+from conformance.strategies import cases, clip_present, edits, model_specs, run_specs
 from conformance.subjects import bridged, reference
 from conformance.verdict import NotApplicable
 
 _RETURNED = tuple(kind for kind in EDITS if kind != "in_place")
+
+
+def _named(model: ModelSpec, rows: Sequence[str]) -> SearchStrategy[str]:
+    """Sites of the given rows: the row first, so that each is met as often in a deep model."""
+    blocks = st.sampled_from(range(model.num_hidden_layers))
+    return st.builds(lambda row, i: row.replace("{i}", str(i)), st.sampled_from(rows), blocks)
 
 
 def edited_runs(
@@ -29,7 +35,7 @@ def edited_runs(
         kinds: Kinds of edits.
         most: Greatest number of edits at once.
     """
-    names = st.sampled_from(list(observable(model)))
+    names = _named(model, [site.name for site in fired_rows()])
     each = edits(sites=names, kinds=st.sampled_from(kinds))
     some = st.lists(each, min_size=1, max_size=most, unique_by=lambda edit: edit.site)
     return run_specs(model, edits=some.map(tuple))
@@ -86,11 +92,10 @@ def clipped_edits() -> SearchStrategy[Case]:
     kinds = st.sampled_from([kind for kind in _RETURNED if kind != "replace"])
 
     def runs(model: ModelSpec) -> SearchStrategy[RunSpec]:
-        names = list(observable(model, POST_CLIP).keys() - observable(model).keys())
-        one = edits(sites=st.sampled_from(sorted(names)), kinds=kinds)
+        one = edits(sites=_named(model, POST_CLIP), kinds=kinds)
         return run_specs(model, edits=st.tuples(one))
 
-    return cases(runs=runs)
+    return cases(models=model_specs(clips=clip_present()), runs=runs)
 
 
 @check(

@@ -213,3 +213,35 @@ add(
     "_refuse_refactoring",
     lambda original: lambda asked: None,
 )
+
+
+@mutant(
+    "processing.frozen",
+    "compatibility mode",
+    "compatibility.trains",
+    BranchLinearBridge,
+    "set_processed_weights",
+)
+def frozen(original: Any) -> Any:
+    """Processed weights no longer train."""
+
+    def install(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        for parameter in self.original_component.parameters():
+            parameter.requires_grad_(False)
+
+    return install
+
+
+@mutant("flags.split_bias", "a bias, split inputs", "alive.flags", OlmoAttentionBridge, "_project")
+def split_bias(original: Any) -> Any:
+    """The path of the split inputs loses the projections' biases."""
+
+    def project(self: Any, hidden: torch.Tensor) -> list[torch.Tensor]:
+        projected = original(self, hidden)
+        if not self.forks_input:
+            return projected  # type: ignore[no-any-return]
+        biases = [linear.original_component.bias for linear in (self.q, self.k, self.v)]
+        return [x if bias is None else x - bias for x, bias in zip(projected, biases, strict=True)]
+
+    return project
