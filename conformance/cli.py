@@ -127,7 +127,7 @@ def _json_file(ctx: click.Context, option: click.Parameter, value: Path | None) 
 @click.option(
     "--failures",
     type=click.Path(file_okay=False, path_type=Path),
-    default="conformance-failures",
+    default=profiles.FAILURES,
     show_default=True,
     help="Where a failing check leaves its case.",
 )

@@ -18,6 +18,7 @@ from conformance.profiles import (
     DEFAULT_ADAPTER,
     DEFAULT_PROFILE,
     DTYPES_VARIABLE,
+    FAILURES,
     PROFILE_VARIABLE,
     PROFILES,
     chosen,
@@ -27,8 +28,6 @@ from conformance.spec import DTYPES, SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Generator
-
-FAILURES = "conformance-failures"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

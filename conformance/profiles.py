@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from conformance.spec import DTYPES, SpecError
 
+FAILURES = "conformance-failures"  # the folder that replay lines point into
 DEFAULT_ADAPTER = "adapter:OlmoArchitectureAdapter"
 ADAPTER_VARIABLE = "OLMO_CONFORMANCE_ADAPTER"
 PROFILE_VARIABLE = "OLMO_CONFORMANCE_PROFILE"

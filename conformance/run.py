@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import hypothesis
-from hypothesis import HealthCheck, Verbosity, given, settings
+from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 from conformance.checks import REGISTRY, Check, require
@@ -39,8 +39,9 @@ def load_adapter(name: str) -> Adapter:
         raise SpecError("adapter", name, _FORM)
     try:
         module = import_module(module_name)
-    except ImportError as error:
-        raise SpecError("adapter", name, f"{_FORM}; cannot import: {error}") from None
+    except Exception as error:  # whatever the module does when it is imported is its own fault
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise SpecError("adapter", name, f"{_FORM}; cannot import: {kind}{error}") from None
     found = getattr(module, class_name, None)
     if found is None:
         raise SpecError("adapter", name, f"{_FORM}; {module_name} has no {class_name}")
@@ -81,6 +82,8 @@ def property_settings(check: Check, on: Profile | None = None) -> settings:
         print_blob=not on.deterministic,
         report_multiple_bugs=False,
         # A case builds whole models: slow by nature.
+        # Explaining a failure traces every line of torch's Python: minutes for each.
+        phases=[phase for phase in Phase if phase is not Phase.explain],
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
     return bound if on.stores else settings(bound, database=None)

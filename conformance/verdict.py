@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from conformance.compare import Gap
+from conformance.profiles import FAILURES
 from conformance.spec import Case, Record
 
 
@@ -56,7 +57,8 @@ class Verdict:
         """The first gap, and how many more there are; or the reason."""
         if not self.gaps:
             return self.reason
-        first, later = self.gaps[0], len({gap.site for gap in self.gaps[1:]})
+        first = self.gaps[0]
+        later = len({gap.site for gap in self.gaps} - {first.site})
         others = f"; {later} later site{'s differ' if later > 1 else ' differs'}" if later else ""
         return f"{first}{others}"
 
@@ -83,7 +85,7 @@ class ConformanceError(AssertionError):
     Hypothesis tells bugs apart by the type and place of the exception.
     """
 
-    def __init__(self, verdict: Verdict, folder: str = "conformance-failures") -> None:
+    def __init__(self, verdict: Verdict, folder: str = FAILURES) -> None:
         self.verdict, self.folder = verdict, folder
         super().__init__(
             f"{verdict.summary}; replay: olmo-conformance replay {folder}/{verdict.file_name}"

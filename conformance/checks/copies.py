@@ -21,8 +21,6 @@ from conformance.strategies import cases
 from conformance.subjects import Subject, at_work, bridged, reference
 from conformance.tolerance import exactly
 
-_FLAGS = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
-
 
 def _copied(subject: Subject) -> Subject:
     """A deep copy of a bridge as a subject of its own."""
@@ -30,9 +28,9 @@ def _copied(subject: Subject) -> Subject:
     with at_work("copy.deepcopy"):
         bridge = copy.deepcopy(subject.bridge)
         model: Any = bridge.original_model
-    # The copy keeps the bridge's names: match them by order, which named_parameters keeps.
-    renamed = zip(subject.parameters, model.parameters(), strict=True)
-    return replace(subject, bridge=bridge, model=model, parameters=dict(renamed))
+        # The copy keeps the bridge's names: match them by order, which parameters() keeps.
+        renamed = dict(zip(subject.parameters, model.parameters(), strict=True))
+    return replace(subject, bridge=bridge, model=model, parameters=renamed)
 
 
 @check(

@@ -126,7 +126,11 @@ GAPS = (
 PASSED = Verdict("forward.logits", OURS, Outcome.PASSED, CASE, examples=3, seconds=1.25)
 FAILED = Verdict("forward.loss", OURS, Outcome.FAILED, CASE, GAPS, examples=12, seconds=3.0)
 ERRORED = Verdict(
-    "forward.patched", OURS, Outcome.ERRORED, CASE, reason="running: ValueError: " + 50 * "very "
+    "forward.patched",
+    OURS,
+    Outcome.ERRORED,
+    CASE,
+    reason="running: [/red] ValueError: " + 50 * "very ",
 )
 ABSENT = Verdict("forward.patched_exact", OURS, Outcome.NOT_APPLICABLE, CASE, reason="no such mode")
 WARNED = Verdict("forward.patch_warning", OURS, Outcome.PASSED, CASE)
@@ -148,7 +152,9 @@ def test_the_table_fits_into_80_columns_and_says_everything(
         assert row.split() == [verdict.check, *" ".join(words).split()]
     assert "   blocks.10.attn.hook_attn_scores: value" in lines
     assert "   no such mode" in lines
-    (at,) = [at for at, line in enumerate(lines) if line.startswith("   running: ValueError: ")]
+    (at,) = [
+        at for at, line in enumerate(lines) if line.startswith("   running: [/red] ValueError: ")
+    ]
     assert lines[at + 1].startswith("   very ")
     assert lines[at + 1].endswith(" ...")
     rest = f"forward.loss: {rest}"
@@ -226,9 +232,11 @@ def test_an_interrupt_before_the_first_verdict(invoke: Invoke, scripted: list[ob
     assert "incomplete, 0 of 5 checks: nothing judged" in result.stdout
 
 
-def test_a_fault_of_the_kit_is_not_the_adapter_s(invoke: Invoke, scripted: list[object]) -> None:
+def test_a_fault_of_the_kit_is_not_the_adapter_s(
+    invoke: Invoke, scripted: list[object], tmp_path: Path
+) -> None:
     scripted += [PASSED, ZeroDivisionError("ours")]
-    result = invoke("check", "forward")
+    result = invoke("check", "forward", "--json", "report.json")
     assert result.exit_code == 3
     assert "ZeroDivisionError: ours" in result.stderr
     last = result.stderr.splitlines()[-1]
@@ -236,6 +244,7 @@ def test_a_fault_of_the_kit_is_not_the_adapter_s(invoke: Invoke, scripted: list[
     assert len(result.stderr.splitlines()) < 20
     assert " forward.logits " in result.stdout
     assert "incomplete, 1 of 5 checks: 1 passed" in result.stdout
+    assert json.loads((tmp_path / "report.json").read_text())["conforms"] is False
 
 
 def test_an_adapter_in_the_working_folder_is_found(
