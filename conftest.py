@@ -1,6 +1,15 @@
-"""In a checkout that is not installed, pytest still needs the kit's plugin."""
+"""A checkout's pytest: the kit's plugin even where it is not installed, and work shared evenly."""
 
 from importlib.metadata import entry_points
 
+import pytest
+
 installed = {point.value for point in entry_points(group="pytest11")}
 pytest_plugins = [] if "conformance.plugin" in installed else ["conformance.plugin"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Let an idle worker take over tests: ours last from a millisecond to half a minute."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"

@@ -147,8 +147,13 @@ def _chunks(subject: Subject, case: Case, data: Inputs) -> Iterator[dict[str, An
     """The keyword arguments of each successive forward."""
     run = case.run
     bounds = [run.seq_len * chunk // run.chunks for chunk in range(run.chunks + 1)]
-    kind = DynamicCache if subject.bridge is not None else TappedCache
-    cache = kind(config=subject.model.config) if run.chunks > 1 else None
+    cache: DynamicCache | None = None
+    if subject.bridge is None and run.use_cache:
+        # A tap must see a key before the cache stores it: the cache changes its memory layout, and
+        # so the rounding of what an edited key is multiplied with.
+        cache = TappedCache(config=subject.model.config)
+    elif run.chunks > 1:
+        cache = DynamicCache(config=subject.model.config)
     for start, stop in pairwise(bounds):
         given: dict[str, Any] = {
             "input_ids": data.tokens[:, start:stop],
@@ -212,7 +217,7 @@ def observe(
             recorder.visit,
             d_head=case.model.d_head,
             clamps=subject.clamps,
-            cached=case.run.chunks > 1,
+            cached=case.run.use_cache,
         ).attached()
     blame = at_work("running") if subject.under_test else nullcontext()
     with blame, torch.set_grad_enabled(backward), around:

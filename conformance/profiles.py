@@ -36,9 +36,9 @@ class Profile:
 
 
 PROFILES = {
-    "ci": Profile("ci", 100, deterministic=True, stores=False),
-    "dev": Profile("dev", 60, deterministic=False, stores=True),
-    "deep": Profile("deep", 1000, deterministic=False, stores=True),
+    "ci": Profile("ci", 60, deterministic=True, stores=False),
+    "dev": Profile("dev", 40, deterministic=False, stores=True),
+    "deep": Profile("deep", 600, deterministic=False, stores=True),
 }
 DEFAULT_PROFILE = "ci"
 

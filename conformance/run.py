@@ -13,6 +13,7 @@ from pathlib import Path
 
 import hypothesis
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis.database import DirectoryBasedExampleDatabase
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 from conformance.checks import REGISTRY, Check, require
@@ -75,18 +76,20 @@ def select_checks(names: Iterable[str]) -> list[Check]:
 def property_settings(check: Check, on: Profile | None = None) -> settings:
     """Hypothesis' settings of a check under a profile; the chosen one if none is given."""
     on = on or chosen()
-    bound = settings(
+    # Said in full, for Hypothesis' own defaults are others where CI is set in the environment.
+    kept = DirectoryBasedExampleDatabase(Path(".hypothesis") / "examples")
+    return settings(
         max_examples=max(1, round(on.examples * check.examples)),
         derandomize=on.deterministic,
+        database=kept if on.stores else None,
         deadline=None,
         print_blob=not on.deterministic,
         report_multiple_bugs=False,
-        # A case builds whole models: slow by nature.
         # Explaining a failure traces every line of torch's Python: minutes for each.
         phases=[phase for phase in Phase if phase is not Phase.explain],
+        # A case builds whole models: slow by nature.
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )
-    return bound if on.stores else settings(bound, database=None)
 
 
 def versions() -> dict[str, str]:

@@ -74,7 +74,7 @@ def observed(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "An edit of hook_scale or hook_normalized, returned or in place, has the effect that it has in "
     "a LayerNorm computed from scratch.",
     norm_edits,
-    examples=0.5,
+    examples=0.8,
 )
 def edited(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Values, logits and, where the edit is returned, the gradients of all parameters."""

@@ -66,7 +66,8 @@ def test_the_header_names_subject_versions_dtypes_and_profile(
         "conformance of: adapter:OlmoArchitectureAdapter",
         f"with: {named}",
         f"dtypes: {', '.join(DTYPES)}; profile: ci "
-        "(100 examples a check of weight 1, the same cases every time)",
+        f"({profiles.PROFILES['ci'].examples} examples a check of weight 1, "
+        "the same cases every time)",
     ]
     options = ("--adapter", "upstream", "--dtypes", "float16,float32")
     lines = header(runs("test_conformance.py", *options, "--conformance-profile", "dev"))
