@@ -12,6 +12,7 @@ from conformance.checks import (
     hooks,
     interventions,
     layernorm,
+    patch,
     precision,
 )
 from conformance.checks.registry import REGISTRY, Check, judge, require
@@ -31,6 +32,7 @@ __all__ = [
     "interventions",
     "judge",
     "layernorm",
+    "patch",
     "precision",
     "require",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from types import SimpleNamespace
@@ -168,3 +169,34 @@ def warns_bridged(original: Any) -> Any:
         return original(self, *projections)
 
     return clip_all
+
+
+add(
+    "patch.stays_up",
+    "what hides the clip is not taken down after the forward",
+    "a clip",
+    "patch.life",
+    clip._PatchedForward,
+    "_take_down",
+    lambda original: lambda self: None,
+)
+add(
+    "patch.not_undone",
+    "unpatch_model does nothing",
+    "a clip that binds",
+    "patch.life",
+    clip,
+    "unpatch_model",
+    lambda original: lambda model: None,
+)
+
+
+@mutant("patch.swallows", "a clip, no layers", "patch.strange", olmo, "patch_clip")
+def swallows(original: Any) -> Any:
+    """Prepare_model says nothing of a model that it could not patch."""
+
+    def patch(model: Any, *, exact_clip: bool = False) -> None:
+        with contextlib.suppress(Exception):
+            original(model, exact_clip=exact_clip)
+
+    return patch
