@@ -92,11 +92,14 @@ def test_all_attentions_share_the_model_s_configuration() -> None:
     assert all(layer.self_attn.config is model.config for layer in model.model.layers)
 
 
-def test_the_kink_of_the_clamp_has_a_gradient() -> None:
+def test_a_clamp_in_place_has_the_gradient_of_one_out_of_place() -> None:
+    # At the kink it is 1 until PyTorch 2.13 and 0 from 2.14 on; Hugging Face clamps in place, a
+    # bridge out of place, and both must say the same.
     x = torch.tensor([-2.0, -1.0, 1.0, 2.0], requires_grad=True)
-    x.clamp(-1, 1).sum().backward()  # type: ignore[no-untyped-call]
-    assert x.grad is not None
-    assert x.grad.tolist() == [0, 1, 1, 0]
+    (out_of_place,) = torch.autograd.grad(x.clamp(-1, 1).sum(), x)
+    (in_place,) = torch.autograd.grad((x * 1).clamp_(-1, 1).sum(), x)
+    assert torch.equal(in_place, out_of_place)
+    assert out_of_place.tolist() in ([0, 1, 1, 0], [0, 0, 0, 0])
 
 
 def test_bridging_changes_the_wrapped_model(tokens: torch.Tensor) -> None:

@@ -40,9 +40,17 @@ def _straight_through(_: str, x: torch.Tensor, clip: float) -> torch.Tensor:
     return with_gradient_of(x.clamp(-clip, clip), x)
 
 
-def _killing_the_kink(_: str, x: torch.Tensor, clip: float) -> torch.Tensor:
-    """As `torch.clamp`, but an entry of exactly the clip has no gradient."""
-    return torch.where(x.abs() < clip, x, x.clamp(-clip, clip).detach())
+def _kink_passes() -> bool:
+    """Whether a gradient passes at exactly the clip: until PyTorch 2.13, no more from 2.14 on."""
+    at = torch.ones((), requires_grad=True)
+    (gradient,) = torch.autograd.grad(at.clamp(-1, 1), at)
+    return bool(gradient)
+
+
+def _flipping_the_kink(_: str, x: torch.Tensor, clip: float) -> torch.Tensor:
+    """As `torch.clamp`, but an entry of exactly the clip has the other gradient."""
+    is_open = x.abs() < clip if _kink_passes() else x.abs() <= clip
+    return torch.where(is_open, x, x.clamp(-clip, clip).detach())
 
 
 def _falsy(_: str, x: torch.Tensor, clip: float) -> torch.Tensor:
@@ -81,10 +89,10 @@ for name, breaks, trigger, killer, clamp in (
     ),
     (
         "kink",
-        "an entry of exactly the clip has no gradient",
+        "an entry of exactly the clip has the gradient that PyTorch does not give it",
         "entries that equal the clip",
         "clamp.kink",
-        _killing_the_kink,
+        _flipping_the_kink,
     ),
     (
         "in_place",
