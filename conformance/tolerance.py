@@ -148,7 +148,8 @@ def of_second_derivative(expected: torch.Tensor) -> Allowance:
     Args:
         expected: The reference's. Its entries are sums of terms of either sign as large as the
             greatest of them, added up in another order: measured up to 1.8e-6 of the greatest
-            over 500 drawn cases of eight entries a position and more. A wrong formula is off by the greatest itself.
+            over 500 drawn cases of eight entries a position and more. A wrong formula is off by the
+            greatest itself.
     """
     greatest = float(expected.abs().max()) if expected.numel() else 0.0
     return Allowance(0.0, 1e-5 * greatest, "1e-5 of the greatest entry: another order of summation")
