@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -24,6 +25,17 @@ SETTINGS = (
     ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"),
     ("use_attn_in",),
 )
+
+
+@contextmanager
+def _set(subject: Subject, flags: tuple[str, ...]) -> Iterator[None]:
+    """Turn flags on for a forward, and off after it."""
+    with at_work(f"a forward under {' and '.join(flags) or 'no flag'}"):
+        for flag in flags:
+            getattr(subject.bridge, f"set_{flag}")(True)
+        yield
+        for flag in flags:
+            getattr(subject.bridge, f"set_{flag}")(False)
 
 
 def _fired(subject: Subject, case: Case) -> set[str]:
@@ -57,12 +69,8 @@ def advertised(adapter: Adapter, case: Case) -> Iterator[Gap]:
     ever: set[str] = set()
     plain: set[str] = set()
     for flags in SETTINGS:
-        with at_work(f"a forward under {flags or 'no flag'}"):
-            for flag in flags:
-                getattr(subject.bridge, f"set_{flag}")(True)
+        with _set(subject, flags):
             fired = _fired(subject, case)
-            for flag in flags:
-                getattr(subject.bridge, f"set_{flag}")(False)
         plain = plain or fired
         ever |= fired
         for name in sorted(plain - fired):
@@ -114,12 +122,8 @@ def flags(adapter: Adapter, case: Case) -> Iterator[Gap]:
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
     assert subject.bridge is not None
     for setting in SETTINGS[1:]:
-        with at_work(f"a forward under {setting}"):
-            for flag in setting:
-                getattr(subject.bridge, f"set_{flag}")(True)
+        with _set(subject, setting):
             actual = observe(subject, case)
-            for flag in setting:
-                getattr(subject.bridge, f"set_{flag}")(False)
         pairs = {"logits": (expected.logits, actual.logits)}
         for name, due in expected.parameter_gradients.items():
             got = actual.parameter_gradients[name]
