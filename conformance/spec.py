@@ -33,6 +33,25 @@ EDITS = (
     "in_place",
 )
 PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
+# What a step of the state machine does, and with which of a step's fields (see `Step`).
+SITED_STEPS = (
+    "add_hook",
+    "add_permanent_hook",
+    "add_backward_hook",
+    "remove_hooks",
+    "run_with_hooks",
+    "hooks_context",
+    "failing_hook",
+    "failing_backward_hook",
+)
+STEPS = (
+    *("forward", "backward", "zero_grad", "optimize"),
+    *SITED_STEPS,
+    *("reset_hooks", "reset_all_hooks", "run_with_cache", "output_attentions", "generate"),
+    *("flag", "train", "eval", "cast", "load", "freeze", "thaw"),
+    *("deepcopy", "pickle", "compatibility", "prepare", "unpatch"),
+)
 MAX_SEED = 2**31 - 1
 # PyTorch refuses to clamp a tensor by what its dtype cannot hold.
 GREATEST_CLIP = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38, "float64": 1.79e308}
@@ -93,6 +112,14 @@ def _subset(spec: object, name: str, allowed: tuple[str, ...]) -> None:
     good = isinstance(value, (tuple, list)) and all(item in allowed for item in value)
     _require(good and len(set(value)) == len(value), name, value, f"a subset of {allowed}")
     object.__setattr__(spec, name, tuple(item for item in allowed if item in value))
+
+
+def _tuple_of(spec: object, name: str, kind: type, allowed: str) -> None:
+    """Normalise a list of specs to a tuple."""
+    value = getattr(spec, name)
+    good = isinstance(value, (tuple, list)) and all(isinstance(item, kind) for item in value)
+    _require(good, name, value, allowed)
+    object.__setattr__(spec, name, tuple(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +225,46 @@ class Edit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of the state machine: what is done to a bridge that then must equal a fresh model.
+
+    Attributes:
+        kind: One of `STEPS`.
+        site: Canonical hook name, for the kinds of `SITED_STEPS` and for no other.
+        edit: What the step's hook does to the tensor there, of `EDITS`.
+        flag: The flag that the kind ``flag`` turns over.
+        dtype: The dtype that the kind ``cast`` moves to.
+        seed: Draws the tokens and chooses among the ways of doing the same; 0 is the plainest.
+    """
+
+    kind: str
+    site: str = ""
+    edit: str = "scale"
+    flag: str = ""
+    dtype: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of(self, "kind", STEPS)
+        _one_of(self, "edit", EDITS)
+        _integer(self, ("seed",), 0, MAX_SEED)
+        fields: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+            ("site", SITED_STEPS, ()),
+            ("flag", ("flag",), FLAGS),
+            ("dtype", ("cast",), DTYPES),
+        )
+        for name, kinds, values in fields:
+            value = getattr(self, name)
+            if self.kind not in kinds:
+                _require(value == "", name, value, f"empty: {self.kind} has no {name}")
+            elif values:
+                _one_of(self, name, values)
+            else:
+                good = isinstance(value, str) and bool(value)
+                _require(good, name, value, "a canonical hook name")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSpec:
     """One run of a model: its input and how it is called.
 
@@ -213,6 +280,7 @@ class RunSpec:
             ``boot_transformers`` does and a direct ``TransformerBridge(...)`` does not.
         edits: Interventions active during the forward.
         processing: Weight processing asked of ``enable_compatibility_mode``, where a check does.
+        steps: What the state machine does to a bridge, one after the other.
     """
 
     token_seed: int = 0
@@ -226,6 +294,7 @@ class RunSpec:
     prepared: bool = True
     edits: tuple[Edit, ...] = ()
     processing: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
 
     def __post_init__(self) -> None:
         _integer(self, ("token_seed",), 0, MAX_SEED)
@@ -237,10 +306,8 @@ class RunSpec:
         cached = f"true, since chunks={self.chunks} need a cache"
         _require(self.use_cache or self.chunks == 1, "use_cache", self.use_cache, cached)
         _subset(self, "processing", PROCESSING)
-        good = isinstance(self.edits, (tuple, list))
-        good = good and all(isinstance(edit, Edit) for edit in self.edits)
-        _require(good, "edits", self.edits, "a list of edits")
-        object.__setattr__(self, "edits", tuple(self.edits))
+        _tuple_of(self, "edits", Edit, "a list of edits")
+        _tuple_of(self, "steps", Step, "a list of steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,11 +381,13 @@ def _from_mapping(kind: type[_Spec], body: object, where: str) -> _Spec:
     kinds: dict[str, type] = {"model": ModelSpec, "run": RunSpec, "case": Case}
     for name in kinds.keys() & nested.keys():
         nested[name] = _from_mapping(kinds[name], nested[name], f"{where}.{name}")
-    if "edits" in nested:
-        _require(isinstance(nested["edits"], list), f"{where}.edits", nested["edits"], "a list")
-        nested["edits"] = tuple(
-            _from_mapping(Edit, edit, f"{where}.edits[{index}]")
-            for index, edit in enumerate(nested["edits"])
+    listed: dict[str, type] = {"edits": Edit, "steps": Step}
+    for name in [name for name in listed if name in nested]:
+        items = nested[name]
+        _require(isinstance(items, list), f"{where}.{name}", items, "a list")
+        nested[name] = tuple(
+            _from_mapping(listed[name], item, f"{where}.{name}[{index}]")
+            for index, item in enumerate(items)
         )
     try:
         return kind(**nested)
