@@ -7,6 +7,8 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
+from adapter.recorders import forget_output_recorders
+
 
 class OlmoTransformerBridge(TransformerBridge):
     """A TransformerBridge that refuses or skips what is not legal for OLMo.
@@ -51,6 +53,7 @@ class OlmoTransformerBridge(TransformerBridge):
         if fold_value_biases and (reason := self._why_value_biases_must_stay()):
             warnings.warn(f"value biases are not folded into b_O: {reason}", stacklevel=2)
             fold_value_biases = False
+        trains = {name: held.requires_grad for name, held in self.named_parameters()}
         super().process_weights(
             verbose=verbose,
             fold_ln=fold_ln,
@@ -58,6 +61,15 @@ class OlmoTransformerBridge(TransformerBridge):
             center_unembed=center_unembed,
             fold_value_biases=fold_value_biases,
         )
+        # Processed weights are new parameters. What was frozen stays so, and so does what is new in
+        # a model that is frozen as a whole.
+        for name, held in self.named_parameters():
+            held.requires_grad_(trains.get(name, any(trains.values())))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy without the hooks that pickle cannot find by their names."""
+        forget_output_recorders(self.original_model)
+        return super().__reduce_ex__(protocol)
 
     def _why_value_biases_must_stay(self) -> str | None:
         """The reason why folding would change the model, or None.
