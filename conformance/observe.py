@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformer_lens.hook_points import HookPoint
@@ -15,7 +15,8 @@ from transformers import DynamicCache
 from conformance.edits import edited
 from conformance.inputs import Inputs, derived_positions, inputs
 from conformance.sites import Site, observable
-from conformance.spec import Case
+from conformance.sites import sites as known
+from conformance.spec import Case, Edit
 from conformance.subjects import Subject, at_work
 from conformance.taps import TappedCache, Taps
 
@@ -49,7 +50,9 @@ class Recorder:
     """Collects what the sites show while a subject runs, and performs the run's edits there."""
 
     def __init__(self, case: Case) -> None:
-        self.edits = {edit.site: edit for edit in case.run.edits}
+        self.edits: dict[str, list[Edit]] = {}
+        for edit in case.run.edits:
+            self.edits.setdefault(edit.site, []).append(edit)
         self.backward = case.run.chunks == 1
         self.chunk = 0
         self.values: dict[str, torch.Tensor] = {}
@@ -58,8 +61,10 @@ class Recorder:
         self.fired_backward: list[str] = []
 
     def edit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor that the run's edit of a site leaves; the same object if there is none."""
-        return edited(self.edits[name], tensor) if name in self.edits else tensor
+        """The tensor that the run's edits of a site leave; the same object if there is none."""
+        for edit in self.edits.get(name, ()):
+            tensor = edited(edit, tensor)
+        return tensor
 
     def value(self, name: str, tensor: torch.Tensor) -> None:
         """Keep a site's tensor as it is now."""
@@ -83,10 +88,12 @@ class Recorder:
         return tensor
 
 
-def _edit_hook(recorder: Recorder, name: str) -> Callable[..., torch.Tensor | None]:
+def edit_hook(edit: Edit) -> Callable[..., torch.Tensor | None]:
+    """A hook of a bridge that performs an edit."""
+
     def hook(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor | None:
-        new = recorder.edit(name, tensor)
-        if recorder.edits[name].kind != "in_place":
+        new = edited(edit, tensor)
+        if edit.kind != "in_place":
             return new
         tensor.copy_(new)
         return None
@@ -108,28 +115,48 @@ def _gradient_hook(recorder: Recorder, name: str) -> Callable[..., None]:
     return hook
 
 
-def hook_points(subject: Subject) -> dict[str, HookPoint]:
-    """Every hook point of a bridge once, under its canonical name."""
+def hook_points(subject: Subject, known: Iterable[str] = ()) -> dict[str, HookPoint]:
+    """Every hook point of a bridge once, under its canonical name.
+
+    Args:
+        subject: The bridge.
+        known: Canonical names. In compatibility mode a hook point's own name is a legacy one.
+    """
     assert subject.bridge is not None
-    unique = {id(point): point for point in subject.bridge.hook_dict.values()}
-    return {str(point.name): point for point in unique.values()}
+    by_name = subject.bridge.hook_dict
+    names = {id(by_name[name]): name for name in known if name in by_name}
+    unique = {id(point): point for point in by_name.values()}
+    return {names.get(key, str(point.name)): point for key, point in unique.items()}
+
+
+def attach(
+    point: HookPoint, hook: Callable[..., torch.Tensor | None], way: Literal["fwd", "bwd"] = "fwd"
+) -> Callable[[], None]:
+    """Add a hook to a point; what is returned removes it, and leaves all others alone."""
+    point.add_hook(hook, dir=way)
+    held = f"{way}_hooks"
+    handle = getattr(point, held)[-1]
+
+    def detach() -> None:
+        handle.hook.remove()
+        setattr(point, held, [other for other in getattr(point, held) if other is not handle])
+
+    return detach
 
 
 @contextmanager
-def _hooked(subject: Subject, recorder: Recorder, backward: frozenset[str]) -> Iterator[None]:
+def _hooked(
+    subject: Subject, recorder: Recorder, names: Iterable[str], backward: frozenset[str]
+) -> Iterator[None]:
     """Record, and edit, at every hook point of a bridge; backward only where asked."""
-    points = hook_points(subject)
-    try:
-        for name, point in points.items():
-            if name in recorder.edits:
-                point.add_hook(_edit_hook(recorder, name))
-            point.add_hook(_value_hook(recorder, name))
+    with ExitStack() as stack:
+        for name, point in hook_points(subject, names).items():
+            for edit in recorder.edits.get(name, ()):
+                stack.callback(attach(point, edit_hook(edit)))
+            stack.callback(attach(point, _value_hook(recorder, name)))
             if name in backward:
-                point.add_hook(_gradient_hook(recorder, name), dir="bwd")
+                stack.callback(attach(point, _gradient_hook(recorder, name), "bwd"))
         yield
-    finally:
-        for point in points.values():
-            point.remove_hooks("both")
 
 
 def _call(subject: Subject, given: Mapping[str, Any]) -> torch.Tensor:
@@ -175,7 +202,8 @@ def _chunks(subject: Subject, case: Case, data: Inputs) -> Iterator[dict[str, An
 def run_forward(subject: Subject, case: Case, data: Inputs, recorder: Recorder) -> torch.Tensor:
     """All forwards of a run, from equal random states: the logits ``[batch, pos, d_vocab]``."""
     module = subject.bridge if subject.bridge is not None else subject.model
-    module.train(case.run.training)
+    if module.training != case.run.training:  # a subject that is in its mode must stay in it
+        module.train(case.run.training)
     pieces = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(case.run.token_seed)
@@ -207,9 +235,9 @@ def observe(
     around: Any = nullcontext()
     if sites is not None and subject.bridge is not None:
         wanted = frozenset(sites) if gradients_at is None else gradients_at
-        around = _hooked(
-            subject, recorder, wanted if backward and recorder.backward else frozenset()
-        )
+        if not (backward and recorder.backward):
+            wanted = frozenset()
+        around = _hooked(subject, recorder, known(case.model), wanted)
     elif sites is not None:
         around = Taps(
             subject.model,

@@ -27,18 +27,20 @@ class Profile:
         examples: Cases of a check of weight 1.
         deterministic: The same cases every time.
         stores: Keep failing cases in Hypothesis' example database.
+        steps: Most steps of the state machine in one example.
     """
 
     name: str
     examples: int
     deterministic: bool
     stores: bool
+    steps: int = 10
 
 
 PROFILES = {
     "ci": Profile("ci", 60, deterministic=True, stores=False),
     "dev": Profile("dev", 40, deterministic=False, stores=True),
-    "deep": Profile("deep", 600, deterministic=False, stores=True),
+    "deep": Profile("deep", 600, deterministic=False, stores=True, steps=25),
 }
 DEFAULT_PROFILE = "ci"
 

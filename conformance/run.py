@@ -80,6 +80,7 @@ def property_settings(check: Check, on: Profile | None = None) -> settings:
     kept = DirectoryBasedExampleDatabase(Path(".hypothesis") / "examples")
     return settings(
         max_examples=max(1, round(on.examples * check.examples)),
+        stateful_step_count=on.steps,
         derandomize=on.deterministic,
         database=kept if on.stores else None,
         deadline=None,

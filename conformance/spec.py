@@ -34,6 +34,7 @@ EDITS = (
 )
 PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
+EXCLUSIVE = {"use_split_qkv_input", "use_attn_in"}
 # What a step of the state machine does, and with which of a step's fields (see `Step`).
 SITED_STEPS = (
     "add_hook",

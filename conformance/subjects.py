@@ -6,7 +6,8 @@ the model it wraps, so no two subjects ever share a module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -145,6 +146,13 @@ def make_adapter(adapter: type[ArchitectureAdapter], model: OlmoForCausalLM) -> 
     dtype = next(model.parameters()).dtype
     config = build_bridge_config_from_hf(model.config, ARCHITECTURE, "olmo-conformance", dtype)
     return adapter(config)
+
+
+def unpatcher(adapter: type[ArchitectureAdapter]) -> Callable[[Any], None] | None:
+    """The ``unpatch_model`` that an adapter's package offers, or None."""
+    package = sys.modules[adapter.__module__.partition(".")[0]]
+    found: Callable[[Any], None] | None = getattr(package, "unpatch_model", None)
+    return found
 
 
 def reference(model: ModelSpec) -> Subject:

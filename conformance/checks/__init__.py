@@ -12,6 +12,7 @@ from conformance.checks import (
     hooks,
     interventions,
     layernorm,
+    machine,
     patch,
     precision,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "interventions",
     "judge",
     "layernorm",
+    "machine",
     "patch",
     "precision",
     "require",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,7 +16,15 @@ from conformance.compare import Gap
 from conformance.observe import observe
 from conformance.spec import Case
 from conformance.strategies import clipped_cases
-from conformance.subjects import Subject, at_work, bridged, make_adapter, patched, reference
+from conformance.subjects import (
+    Subject,
+    at_work,
+    bridged,
+    make_adapter,
+    patched,
+    reference,
+    unpatcher,
+)
 
 
 class _TroubleError(Exception):
@@ -90,7 +97,7 @@ def life(adapter: Adapter, case: Case) -> Iterator[Gap]:
     yield from _left_over(subject, case)
     yield from logits_gap(without, observe(subject, case, backward=False))
 
-    undo = getattr(sys.modules[adapter.__module__.partition(".")[0]], "unpatch_model", None)
+    undo = unpatcher(adapter)
     if undo is not None:
         with at_work("unpatch_model"):
             undo(subject.model)

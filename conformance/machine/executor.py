@@ -1,0 +1,207 @@
+"""A bridge under test beside the state that it should be in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+
+from conformance.machine.state import Hook, State, fresh
+from conformance.observe import Recorder, edit_hook, hook_points
+from conformance.sites import Site, observable, sites
+from conformance.spec import MAX_SEED, Case, Edit, SpecError, Step
+from conformance.subjects import Subject, bridged
+from conformance.taps import Taps
+
+# How the wrapping of a bridge shows in the names of its parameters.
+_WRAPPED = "._original_component"
+
+HookFunction = Callable[..., "torch.Tensor | None"]
+
+
+@dataclass(frozen=True)
+class Original:
+    """What a deep copy was made of: it must stay as it was.
+
+    Attributes:
+        bridge: The bridge.
+        state: Its state, from now on.
+        case: A run of it.
+        logits: What that gives.
+    """
+
+    bridge: TransformerBridge
+    state: State
+    case: Case
+    logits: torch.Tensor
+
+
+def named_parameters(bridge: TransformerBridge) -> dict[str, nn.Parameter]:
+    """A bridge's parameters under Hugging Face's names."""
+    return {name.replace(_WRAPPED, ""): held for name, held in bridge.named_parameters()}
+
+
+class Machine:
+    """One bridge, taken from step to step (see `conformance.machine.moves.take`).
+
+    Args:
+        adapter: The adapter class under test.
+        case: The model, and the run whose sizes bound every input. Its steps are not taken.
+
+    Attributes:
+        bridge: The bridge under test.
+        state: The state that it should be in.
+        taken: The steps so far.
+        heard: Each firing of a hook of the state, with what a backward one saw.
+        sites: What a plain forward must fire.
+        known: What an OLMo of this size can fire at all.
+        bare: How many hooks each hook point had when the bridge was built.
+        original: What the bridge is a deep copy of.
+    """
+
+    def __init__(self, adapter: type[ArchitectureAdapter], case: Case) -> None:
+        self.adapter, self.case = adapter, case
+        built = bridged(case.model, adapter, prepared=case.run.prepared)
+        assert built.bridge is not None
+        self.bridge: TransformerBridge = built.bridge
+        weights = {name: weight.detach().clone() for name, weight in built.parameters.items()}
+        self.state = State(case.model, weights)
+        self.taken: list[Step] = []
+        self.heard: list[tuple[Hook, torch.Tensor | None]] = []
+        self.known: dict[str, Site] = sites(case.model)
+        self.sites: dict[str, Site] = observable(case.model, built.optional_hooks)
+        self.bare = self.hook_counts(self.bridge)
+        self.original: Original | None = None
+        self._truth: tuple[State, Subject] | None = None
+
+    def now(self, **changed: Any) -> None:
+        """Change the state."""
+        self.state = replace(self.state, **changed)
+
+    def as_subject(self, bridge: TransformerBridge) -> Subject:
+        """A bridge as a subject whose gradients are left to accumulate."""
+        declared = tuple(getattr(self.adapter, "optional_hooks", ()))
+        model: Any = bridge.original_model
+        return Subject(model, {}, bridge=bridge, optional_hooks=declared)
+
+    @property
+    def subject(self) -> Subject:
+        """The bridge under test as a subject."""
+        return self.as_subject(self.bridge)
+
+    def gradients(self) -> dict[str, torch.Tensor | None]:
+        """The bridge's gradients as they are now."""
+        held = named_parameters(self.bridge).items()
+        return {name: None if p.grad is None else p.grad.detach().clone() for name, p in held}
+
+    def truth(self) -> Subject:
+        """A fresh reference in the state, kept while nothing that it is made of has changed."""
+        kept, state = self._truth, self.state
+        parts = ("weights", "frozen", "casts")
+        if kept is None or any(getattr(kept[0], p) is not getattr(state, p) for p in parts):
+            kept = self._truth = (state, fresh(state))
+        return kept[1]
+
+    def probe(self, seed: int) -> Case:
+        """A run of the bridge. Other tokens each time, and now and then fewer rows or positions.
+
+        No query is left without a key where that is beyond comparison: Hugging Face's float64 model
+        makes NaN of it, and in compatibility mode its pattern is zero.
+        """
+        run, padding = self.case.run, self.case.run.padding
+        length = max(run.seq_len - (seed % 3 == 2), 1)
+        blind = padding in ("left", "rows") or (padding == "gap" and length == 2)
+        if blind and (self.state.compatible or self.state.dtype == "float64"):
+            padding = "right"
+        run = replace(
+            run,
+            token_seed=(run.token_seed + seed) % MAX_SEED,
+            batch=1 if seed % 3 == 1 else run.batch,
+            seq_len=length,
+            padding=padding,
+            chunks=1,
+            training=self.state.training,
+            edits=(),
+            steps=(),
+        )
+        return Case(model=self.case.model, run=run)
+
+    def as_reference(self, case: Case, *more: Hook) -> Case:
+        """The same run with the edits that the hooks, and some more, make on the reference."""
+        hooked = replace(self.state, hooks=(*self.state.hooks, *more))
+        return replace(case, run=replace(case.run, edits=hooked.edits))
+
+    def tapped_sites(self, names: Iterable[str]) -> dict[str, Site]:
+        """Some sites to tap, for which taps must know where each attention begins."""
+        wanted = set(names)
+        begins = (name for name in self.sites if name.endswith("attn.hook_cos"))
+        wanted.update(begins if wanted else ())
+        return {name: site for name, site in self.sites.items() if name in wanted}
+
+    @contextmanager
+    def seeded(self, case: Case) -> Iterator[None]:
+        """The random state that a run of a case starts from."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(case.run.token_seed)
+            yield
+
+    @contextmanager
+    def tapped(self, case: Case) -> Iterator[Any]:
+        """The reference with the edits of a case, to be called in other ways than `observe`'s."""
+        truth, recorder = self.truth(), Recorder(case)
+        truth.model.train(case.run.training)
+        wanted = self.tapped_sites(edit.site for edit in case.run.edits)
+        d_head, clamps = case.model.d_head, truth.clamps
+        taps = Taps(truth.model, wanted, recorder.visit, d_head=d_head, clamps=clamps, cached=True)
+        with taps.attached(), self.seeded(case), torch.no_grad():
+            yield truth.model
+
+    def fires(self, name: str) -> bool:
+        """Whether a forward of the bridge fires a site in the state.
+
+        Raises:
+            SpecError: If no OLMo of this size has it.
+        """
+        if name not in self.known:
+            allowed = f"a hook of an OLMo of {self.case.model.num_hidden_layers} layers"
+            raise SpecError("site", name, allowed)
+        return name in self.sites or self.known[name].flag in self.state.flags
+
+    def hook_of(self, step: Step, **how: bool) -> Hook:
+        """The hook that a step is about. On the copies of single heads it only looks."""
+        looks = self.known[step.site].flag not in ("", "use_hook_mlp_in")
+        kind = "identity" if looks else step.edit
+        return Hook(step.site, Edit(site=step.site, kind=kind, seed=step.seed), **how)
+
+    def function_of(self, held: Hook) -> HookFunction:
+        """A hook as the function that a bridge takes."""
+        act = edit_hook(held.edit)
+
+        def function(tensor: torch.Tensor, hook: Any) -> torch.Tensor | None:
+            self.heard.append((held, tensor.detach().clone() if held.backward else None))
+            return None if held.backward else act(tensor, hook)
+
+        return function
+
+    def name_of(self, site: str, seed: int) -> str:
+        """One of the names of a site: the canonical one for seed 0."""
+        names = (site, *self.known[site].aliases)
+        return names[seed % len(names)]
+
+    def hook_counts(self, bridge: TransformerBridge) -> dict[str, tuple[int, int, int, int]]:
+        """How many hooks each hook point has, as transformer_lens and as PyTorch keep them."""
+        points = hook_points(self.as_subject(bridge), self.known).items()
+        return {
+            name: (
+                *(len(point.fwd_hooks), len(point.bwd_hooks)),
+                len(point._forward_hooks),
+                len(point._backward_hooks) + len(point._backward_pre_hooks),
+            )
+            for name, point in points
+        }

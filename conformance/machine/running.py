@@ -1,0 +1,327 @@
+"""Steps that run a bridge: forwards, backwards, and every call that runs one with hooks on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from conformance.compare import Gap, compare_parameters
+from conformance.inputs import inputs
+from conformance.machine.executor import Machine, named_parameters
+from conformance.machine.invariant import logits_gap, values_gaps
+from conformance.machine.moves import move
+from conformance.machine.state import Hook
+from conformance.observe import Observation, observe
+from conformance.spec import Case, Step
+from conformance.subjects import SubjectError, at_work
+from conformance.taps import TappedCache
+
+NEW_TOKENS = 2
+
+
+class _TroubleError(Exception):
+    """What a hook of a user raises."""
+
+
+def fires(machine: Machine, step: Step) -> bool:
+    """Whether the site of a step fires, and its edit means anything there.
+
+    Compatibility mode masks scores with minus infinity, which no factor of zero takes away.
+    """
+    scores = machine.state.compatible and step.site.endswith("hook_attn_scores")
+    zeroing = step.edit in ("zero", "one_head", "one_position", "one_row")
+    return machine.fires(step.site) and not (scores and zeroing)
+
+
+def differentiable(machine: Machine, step: Step) -> bool:
+    """Whether there may be a backward: nothing writes in place."""
+    return not machine.state.writes
+
+
+def gradient_seen(machine: Machine, step: Step) -> bool:
+    """Whether the gradient at a step's site can be compared: not at what the table derives."""
+    plain = step.site in machine.sites and not machine.sites[step.site].derived
+    return differentiable(machine, step) and machine.fires(step.site) and plain
+
+
+def _expected(
+    machine: Machine,
+    case: Case,
+    *more: Hook,
+    also: Iterable[str] = (),
+    backward: bool = False,
+) -> Observation:
+    """The reference under the edits of the state's hooks, and of some more."""
+    case = machine.as_reference(case, *more)
+    tapped = machine.tapped_sites([*(edit.site for edit in case.run.edits), *also])
+    return observe(machine.truth(), case, sites=tapped or None, backward=backward)
+
+
+def _given(case: Case) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The tokens and what else a call of the bridge is given."""
+    data = inputs(case)
+    rest = {"attention_mask": data.attention_mask, "position_ids": data.position_ids}
+    named: dict[str, Any] = {name: value for name, value in rest.items() if value is not None}
+    return data.tokens, {**named, "use_cache": case.run.use_cache}
+
+
+@move("forward")
+def forward(machine: Machine, step: Step) -> Iterator[Gap]:
+    """As the case says, with a cache, in two chunks over a cache, or with padding."""
+    case = machine.probe(step.seed // 4)
+    padding = "right" if machine.state.compatible or machine.state.dtype == "float64" else "left"
+    ways: tuple[dict[str, Any], ...] = (
+        {},
+        {"use_cache": True},
+        {"use_cache": True, "chunks": min(2, case.run.seq_len)},
+        {"padding": padding},
+    )
+    case = replace(case, run=replace(case.run, **ways[step.seed % 4]))
+    actual = observe(machine.subject, case, backward=False)
+    yield from logits_gap(_expected(machine, case).logits, actual.logits)
+
+
+@move("backward", differentiable)
+def backward(machine: Machine, step: Step) -> Iterator[Gap]:
+    """The gradients accumulate, and each backward hook of the state sees its own once."""
+    case, state = machine.probe(step.seed), machine.state
+    listening = [hook for hook in state.hooks if hook.backward]
+    for name, gradient in state.gradients.items():
+        machine.truth().parameters[name].grad = gradient.clone()
+    also = [hook.site for hook in listening]
+    expected = _expected(machine, case, also=also, backward=True)
+    machine.heard.clear()
+    actual = observe(machine.subject, case)
+    yield from logits_gap(expected.logits, actual.logits)
+    got = machine.gradients()
+    yield from compare_parameters(expected, replace(actual, parameter_gradients=got))
+    fired = Counter(hook for hook, _ in machine.heard)
+    for hook in listening:
+        due = int(hook.site in expected.gradients and machine.fires(hook.site))
+        if fired[hook] != due:
+            detail = f"a backward hook fired {fired[hook]} times instead of {due}"
+            yield Gap(hook.site, "count", detail)
+    for hook, seen in machine.heard:
+        if seen is not None and hook.site in expected.gradients:
+            yield from logits_gap(expected.gradients[hook.site], seen, f"{hook.site}, backward")
+    machine.now(gradients={name: held for name, held in got.items() if held is not None})
+
+
+@move("zero_grad")
+def zero_grad(machine: Machine, step: Step) -> Iterator[Gap]:
+    """Of the whole bridge."""
+    with at_work("zero_grad"):
+        machine.bridge.zero_grad()
+    machine.now(gradients={})
+    yield from ()
+
+
+@move("optimize")
+def optimize(machine: Machine, step: Step) -> Iterator[Gap]:
+    """One step of gradient descent along what has accumulated."""
+    truth = machine.truth()
+    for name, gradient in machine.state.gradients.items():
+        truth.parameters[name].grad = gradient.clone()
+    for parameters in (truth.parameters.values(), named_parameters(machine.bridge).values()):
+        torch.optim.SGD(parameters, lr=0.05, weight_decay=0.1).step()
+    held = truth.parameters.items()
+    machine.now(weights={name: weight.detach().clone() for name, weight in held})
+    yield from ()
+
+
+@move("run_with_hooks", fires)
+def run_with_hooks(machine: Machine, step: Step) -> Iterator[Gap]:
+    """By a name, by an alias or by a filter."""
+    case, hook = machine.probe(step.seed), machine.hook_of(step)
+    named: Any = machine.name_of(step.site, step.seed // 2)
+    if step.seed % 2:
+        named = step.site.__eq__
+    tokens, given = _given(case)
+    with at_work("run_with_hooks"), machine.seeded(case), torch.no_grad():
+        logits = machine.bridge.run_with_hooks(
+            tokens, fwd_hooks=[(named, machine.function_of(hook))], **given
+        )
+    yield from logits_gap(_expected(machine, case, hook).logits, logits)
+
+
+@move("hooks_context", fires)
+def hooks_context(machine: Machine, step: Step) -> Iterator[Gap]:
+    """One context within another, with the same hook in both; left normally or by an error."""
+    case, bridge = machine.probe(step.seed), machine.bridge
+    outer, inner = machine.hook_of(step), machine.hook_of(step)
+    name = machine.name_of(step.site, step.seed // 2)
+    seen = []
+    try:
+        with at_work("hooks()"), bridge.hooks(fwd_hooks=[(name, machine.function_of(outer))]):
+            with bridge.hooks(fwd_hooks=[(name, machine.function_of(inner))]):
+                seen.append(observe(machine.subject, case, backward=False).logits)
+            seen.append(observe(machine.subject, case, backward=False).logits)
+            if step.seed % 2:
+                raise _TroubleError
+    except SubjectError as error:
+        if not isinstance(error.__cause__, _TroubleError):
+            raise
+    for logits, hooks in zip(seen, ((outer, inner), (outer,)), strict=True):
+        label = f"logits within {len(hooks)} contexts"
+        yield from logits_gap(_expected(machine, case, *hooks).logits, logits, label)
+
+
+@move("run_with_cache", differentiable)
+def run_with_cache(machine: Machine, step: Step) -> Iterator[Gap]:
+    """Everything, or one block's values, is in the cache.
+
+    Not while a hook writes in place: a cache keeps tensors, not copies.
+    """
+    case = machine.probe(step.seed)
+    picked = [name for name in machine.sites if step.seed % 2 == 0 or name.startswith("blocks.0.")]
+    tokens, given = _given(case)
+    with at_work("run_with_cache"), machine.seeded(case), torch.no_grad():
+        logits, cache = machine.bridge.run_with_cache(
+            tokens, return_cache_object=False, names_filter=picked, **given
+        )
+    expected = observe(
+        machine.truth(), machine.as_reference(case), sites=machine.sites, backward=False
+    )
+    held = {name: cache[name] for name in picked if name in cache}
+    # The names of a cache are in no order; that of firing is seen elsewhere.
+    actual = Observation(logits, values=held, fired=tuple(held))
+    expected = replace(expected, values={name: expected.values[name] for name in picked})
+    yield from values_gaps(machine, expected, actual)
+
+
+@move("output_attentions")
+def output_attentions(machine: Machine, step: Step) -> Iterator[Gap]:
+    """Asked of the wrapped model."""
+    case = machine.probe(step.seed)
+    tokens, given = inputs(case).tokens, {"output_attentions": True, "use_cache": False}
+    with machine.tapped(machine.as_reference(case)) as model:
+        expected = model(tokens, **given).attentions
+    with at_work("output_attentions=True"), machine.seeded(case), torch.no_grad():
+        bridged: Any = machine.bridge.original_model
+        actual = bridged(tokens, **given).attentions or ()
+    if len(actual) != len(expected):
+        yield Gap("attentions", "count", f"{len(actual)} layers instead of {len(expected)}")
+        return
+    for block, (due, got) in enumerate(zip(expected, actual, strict=True)):
+        yield from logits_gap(due, got, f"attentions[{block}]")
+
+
+def has_room(machine: Machine, step: Step) -> bool:
+    """Whether there are positions for what would be generated."""
+    return machine.case.run.seq_len + NEW_TOKENS <= machine.case.model.max_position_embeddings
+
+
+@move("generate", has_room)
+def generate(machine: Machine, step: Step) -> Iterator[Gap]:
+    """Greedily, with and without a cache; every hook acts at every token."""
+    case, cached = machine.probe(step.seed), step.seed % 2 == 0
+    tokens = inputs(case).tokens
+    with at_work("generate"), machine.seeded(case):
+        made: Any = _generate(machine, tokens, cached)
+    with machine.tapped(machine.as_reference(case)) as model:
+        due, logits = _greedy(model, tokens, cached)
+    if made.sequences.tolist() != due.tolist():
+        yield Gap("tokens", "value", f"{made.sequences.tolist()} instead of {due.tolist()}")
+    for index, (wanted, got) in enumerate(zip(logits, made.logits, strict=True)):
+        yield from logits_gap(wanted, got, f"logits of new token {index}")
+
+
+def _generate(machine: Machine, tokens: torch.Tensor, cached: bool) -> Any:
+    return machine.bridge.generate(
+        tokens,
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        stop_at_eos=False,
+        use_past_kv_cache=cached,
+        output_logits=True,
+        verbose=False,
+    )
+
+
+def _greedy(
+    model: Any, tokens: torch.Tensor, cached: bool
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What greedy decoding makes of a Hugging Face model, and the logits of every new token."""
+    seen: list[torch.Tensor] = []
+    cache: DynamicCache | None = None
+    fed = tokens
+    for _ in range(NEW_TOKENS):
+        if cache is None or not cached:
+            cache = TappedCache(config=model.config)
+        logits = model(fed, past_key_values=cache, use_cache=True).logits[:, -1]
+        seen.append(logits)
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
+        fed = tokens[:, -1:] if cached else tokens
+    return tokens, seen
+
+
+def _raising(calls: int) -> Callable[..., None]:
+    """A hook that raises when it is called for the given time."""
+    left = [calls]
+
+    def hook(tensor: torch.Tensor, hook: Any) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise _TroubleError
+
+    return hook
+
+
+@move("failing_hook", lambda machine, step: machine.fires(step.site))
+def failing_hook(machine: Machine, step: Step) -> Iterator[Gap]:
+    """A hook raises: under run_with_hooks, in a context, beside a cache, in mid-generation."""
+    case, bridge = machine.probe(step.seed), machine.bridge
+    way = step.seed % 4
+    tokens, given = _given(case)
+    if way == 3 and not has_room(machine, step):
+        way = 0
+    named: list[Any] = [
+        (machine.name_of(step.site, step.seed // 4), _raising(2 if way == 3 else 1))
+    ]
+    around = torch.no_grad() if machine.state.writes else nullcontext()
+    try:
+        with at_work("a hook that raises"), machine.seeded(case), around:
+            if way == 0:
+                bridge.run_with_hooks(tokens, fwd_hooks=named, **given)
+            else:
+                with bridge.hooks(fwd_hooks=named):
+                    if way == 1:
+                        bridge(tokens, **given)
+                    elif way == 2:
+                        bridge.run_with_cache(tokens, **given)
+                    else:
+                        _generate(machine, tokens, cached=True)
+    except SubjectError as error:
+        if not isinstance(error.__cause__, _TroubleError):
+            raise
+    else:
+        yield Gap(step.site, "contract", "the error of a hook did not come out")
+
+
+@move("failing_backward_hook", gradient_seen)
+def failing_backward_hook(machine: Machine, step: Step) -> Iterator[Gap]:
+    """A backward hook raises; the gradients that came so far are thrown away, as a user would."""
+    case, bridge = machine.probe(step.seed), machine.bridge
+    due = step.site in _expected(machine, case, also=[step.site], backward=True).gradients
+    name = machine.name_of(step.site, step.seed)
+    raised = False
+    try:
+        with at_work("a backward hook that raises"), bridge.hooks(bwd_hooks=[(name, _raising(1))]):
+            observe(machine.subject, case)
+    except SubjectError as error:
+        inner = error.__cause__
+        if not isinstance(
+            inner.__cause__ if isinstance(inner, SubjectError) else inner, _TroubleError
+        ):
+            raise
+        raised = True
+    if raised != due:
+        yield Gap(step.site, "contract", f"a backward hook {'raised' if raised else 'was silent'}")
+    bridge.zero_grad()
+    machine.now(gradients={})
