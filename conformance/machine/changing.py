@@ -215,9 +215,7 @@ def thaw(machine: Machine, step: Step) -> Iterator[Gap]:
 @move("deepcopy")
 def deepcopy(machine: Machine, step: Step) -> Iterator[Gap]:
     """The copy goes on; PyTorch copies hooks, and no gradients."""
-    case = machine.probe(step.seed)
-    as_reference = machine.as_reference(case)
-    expected = observe(machine.truth(), as_reference, sites=machine.sites, backward=False)
+    case, expected = machine.shown()
     machine.original = Original(machine.bridge, machine.state, case, expected.logits)
     with at_work("copy.deepcopy"):
         machine.bridge = copy.deepcopy(machine.bridge)

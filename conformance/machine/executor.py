@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 from conformance.machine.state import Hook, State, fresh
-from conformance.observe import Recorder, edit_hook, hook_points
+from conformance.observe import Observation, Recorder, edit_hook, hook_points, observe
 from conformance.sites import Site, observable, sites
 from conformance.spec import MAX_SEED, Case, Edit, SpecError, Step
 from conformance.subjects import Subject, bridged
@@ -79,6 +79,7 @@ class Machine:
         self.bare = self.hook_counts(self.bridge)
         self.original: Original | None = None
         self._truth: tuple[State, Subject] | None = None
+        self._shown: tuple[State, Case, Observation] | None = None
 
     def now(self, **changed: Any) -> None:
         """Change the state."""
@@ -107,6 +108,20 @@ class Machine:
         if kept is None or any(getattr(kept[0], p) is not getattr(state, p) for p in parts):
             kept = self._truth = (state, fresh(state))
         return kept[1]
+
+    @property
+    def news(self) -> bool:
+        """Whether the state has changed since it was last `shown`."""
+        return self._shown is None or self._shown[0] is not self.state
+
+    def shown(self) -> tuple[Case, Observation]:
+        """A run, and all that the reference shows in it; the same until the state changes."""
+        kept = self._shown
+        if kept is None or self.news:
+            case = self.probe(len(self.taken))
+            seen = observe(self.truth(), self.as_reference(case), sites=self.sites, backward=False)
+            kept = self._shown = (self.state, case, seen)
+        return kept[1:]
 
     def probe(self, seed: int) -> Case:
         """A run of the bridge. Other tokens each time, and now and then fewer rows or positions.
@@ -148,7 +163,7 @@ class Machine:
     def seeded(self, case: Case) -> Iterator[None]:
         """The random state that a run of a case starts from."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(case.run.token_seed)
+            torch.default_generator.manual_seed(case.run.token_seed)
             yield
 
     @contextmanager
