@@ -168,7 +168,10 @@ class Machine:
 
     @contextmanager
     def tapped(self, case: Case) -> Iterator[Any]:
-        """The reference with the edits of a case, to be called in other ways than `observe`'s."""
+        """The reference with the edits of a case, to be called in other ways than `observe`'s.
+
+        It must be given a `TappedCache`, which sees the keys.
+        """
         truth, recorder = self.truth(), Recorder(case)
         truth.model.train(case.run.training)
         wanted = self.tapped_sites(edit.site for edit in case.run.edits)

@@ -199,9 +199,10 @@ def run_with_cache(machine: Machine, step: Step) -> Iterator[Gap]:
 def output_attentions(machine: Machine, step: Step) -> Iterator[Gap]:
     """Asked of the wrapped model."""
     case = machine.probe(step.seed)
-    tokens, given = inputs(case).tokens, {"output_attentions": True, "use_cache": False}
+    tokens, given = inputs(case).tokens, {"output_attentions": True, "use_cache": True}
     with machine.tapped(machine.as_reference(case)) as model:
-        expected = model(tokens, **given).attentions
+        cache = TappedCache(config=model.config)
+        expected = model(tokens, past_key_values=cache, **given).attentions
     with at_work("output_attentions=True"), machine.seeded(case), torch.no_grad():
         bridged: Any = machine.bridge.original_model
         actual = bridged(tokens, **given).attentions or ()
