@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -17,7 +17,7 @@ from conformance.inputs import Inputs, derived_positions, inputs
 from conformance.sites import Site, observable
 from conformance.spec import Case
 from conformance.subjects import Subject, at_work
-from conformance.taps import TappedCache, Taps
+from conformance.taps import TappedCache, Taps, Turn
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -48,7 +48,8 @@ class Observation:
 class Recorder:
     """Collects what the sites show while a subject runs, and performs the run's edits there."""
 
-    def __init__(self, case: Case) -> None:
+    def begin(self, case: Case) -> None:
+        """Forget the last run."""
         self.edits = {edit.site: edit for edit in case.run.edits}
         self.backward = case.run.chunks == 1
         self.chunk = 0
@@ -56,54 +57,55 @@ class Recorder:
         self.gradients: dict[str, torch.Tensor] = {}
         self.fired: list[str] = []
         self.fired_backward: list[str] = []
-
-    def edit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor that the run's edit of a site leaves; the same object if there is none."""
-        return edited(self.edits[name], tensor) if name in self.edits else tensor
+        self.differentiable: dict[str, tuple[torch.Tensor, Turn]] = {}
 
     def value(self, name: str, tensor: torch.Tensor) -> None:
-        """Keep a site's tensor as it is now."""
+        """Keep a site's tensor; it must be nobody else's to change."""
         key = f"{name}#{self.chunk}" if self.chunk else name
         self.fired.append(key)
-        self.values[key] = tensor.detach().clone()
+        self.values[key] = tensor
 
     def gradient(self, name: str, tensor: torch.Tensor) -> None:
         """Keep a site's gradient."""
-        self.fired_backward.append(name)
-        self.gradients[name] = tensor.detach().clone()
+        if self.backward:
+            self.fired_backward.append(name)
+            self.gradients[name] = tensor
+
+    def see(self, name: str, value: torch.Tensor, source: torch.Tensor, turn: Turn) -> bool:
+        """Keep a site's value, and where its gradient comes from, unless the run edits it."""
+        if name in self.edits:
+            return False
+        self.value(name, value)
+        if source.requires_grad and self.backward:
+            self.differentiable[name] = source, turn
+        return True
 
     def visit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Edit and keep a tensor of a tapped Hugging Face model (see `conformance.taps`)."""
-        tensor = self.edit(name, tensor)
-        self.value(name, tensor)
+        tensor = edited(self.edits[name], tensor)
+        self.value(name, tensor.detach())
         if tensor.requires_grad and self.backward:
-            tensor.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: self.gradient(name, gradient)
-            )
+            self.differentiable[name] = tensor, lambda gradient: gradient
         return tensor
 
 
-def _edit_hook(recorder: Recorder, name: str) -> Callable[..., torch.Tensor | None]:
+def _value_hook(recorder: Recorder, name: str) -> Callable[..., torch.Tensor | None]:
     def hook(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor | None:
-        new = recorder.edit(name, tensor)
-        if recorder.edits[name].kind != "in_place":
-            return new
-        tensor.copy_(new)
-        return None
-
-    return hook
-
-
-def _value_hook(recorder: Recorder, name: str) -> Callable[..., None]:
-    def hook(tensor: torch.Tensor, hook: HookPoint) -> None:
-        recorder.value(name, tensor)
+        edit, new = recorder.edits.get(name), None
+        if edit is not None:
+            new = edited(edit, tensor)
+            if edit.kind == "in_place":
+                tensor.copy_(new)
+                new = None
+        recorder.value(name, (tensor if new is None else new).detach().clone())
+        return new
 
     return hook
 
 
 def _gradient_hook(recorder: Recorder, name: str) -> Callable[..., None]:
     def hook(tensor: torch.Tensor, hook: HookPoint) -> None:
-        recorder.gradient(name, tensor)
+        recorder.gradient(name, tensor.detach().clone())
 
     return hook
 
@@ -116,13 +118,11 @@ def hook_points(subject: Subject) -> dict[str, HookPoint]:
 
 
 @contextmanager
-def _hooked(subject: Subject, recorder: Recorder, backward: frozenset[str]) -> Iterator[None]:
+def _hooked(subject: Subject, recorder: Recorder, backward: Collection[str]) -> Iterator[None]:
     """Record, and edit, at every hook point of a bridge; backward only where asked."""
     points = hook_points(subject)
     try:
         for name, point in points.items():
-            if name in recorder.edits:
-                point.add_hook(_edit_hook(recorder, name))
             point.add_hook(_value_hook(recorder, name))
             if name in backward:
                 point.add_hook(_gradient_hook(recorder, name), dir="bwd")
@@ -143,15 +143,17 @@ def _call(subject: Subject, given: Mapping[str, Any]) -> torch.Tensor:
     return bridged
 
 
-def _chunks(subject: Subject, case: Case, data: Inputs) -> Iterator[dict[str, Any]]:
+def _chunks(
+    subject: Subject, case: Case, data: Inputs, taps: Taps | None
+) -> Iterator[dict[str, Any]]:
     """The keyword arguments of each successive forward."""
     run = case.run
     bounds = [run.seq_len * chunk // run.chunks for chunk in range(run.chunks + 1)]
     cache: DynamicCache | None = None
-    if subject.bridge is None and run.use_cache:
+    if taps is not None and run.use_cache:
         # A tap must see a key before the cache stores it: the cache changes its memory layout, and
         # so the rounding of what an edited key is multiplied with.
-        cache = TappedCache(config=subject.model.config)
+        cache = TappedCache(taps, config=subject.model.config)
     elif run.chunks > 1:
         cache = DynamicCache(config=subject.model.config)
     for start, stop in pairwise(bounds):
@@ -172,16 +174,125 @@ def _chunks(subject: Subject, case: Case, data: Inputs) -> Iterator[dict[str, An
         yield given
 
 
-def run_forward(subject: Subject, case: Case, data: Inputs, recorder: Recorder) -> torch.Tensor:
+@contextmanager
+def _random_state(seed: int) -> Iterator[None]:
+    """Draw from this seed meanwhile.
+
+    Not by `torch.manual_seed`: without CUDA it keeps a stack trace for every call.
+    """
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
+
+
+def run_forward(
+    subject: Subject, case: Case, data: Inputs, recorder: Recorder, taps: Taps | None = None
+) -> torch.Tensor:
     """All forwards of a run, from equal random states: the logits ``[batch, pos, d_vocab]``."""
     module = subject.bridge if subject.bridge is not None else subject.model
-    module.train(case.run.training)
+    if module.training != case.run.training:
+        module.train(case.run.training)
     pieces = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(case.run.token_seed)
-        for recorder.chunk, given in enumerate(_chunks(subject, case, data)):
+    with _random_state(case.run.token_seed):
+        for recorder.chunk, given in enumerate(_chunks(subject, case, data, taps)):
             pieces.append(_call(subject, given))
-    return torch.cat(pieces, dim=1)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _gradients(
+    subject: Subject, logits: torch.Tensor, probe: torch.Tensor, recorder: Recorder
+) -> dict[str, torch.Tensor | None]:
+    """Send the probe back through the logits: the gradients of the parameters, by name.
+
+    On a bridge it is a plain ``backward``, whose hooks record the sites' gradients. A Hugging Face
+    model's are asked for by their tensors, which needs no hook and no ``grad`` to be cleared.
+    """
+    seed, parameters = probe.to(logits.dtype), subject.parameters
+    if not logits.requires_grad:  # a replaced output has no gradient to send back
+        return dict.fromkeys(parameters)
+    if subject.bridge is not None:
+        logits.backward(seed)  # type: ignore[no-untyped-call]
+        found = {
+            name: None if parameter.grad is None else parameter.grad.clone()
+            for name, parameter in parameters.items()
+        }
+        for parameter in parameters.values():
+            parameter.grad = None
+        return found
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    sources = [source for source, _ in recorder.differentiable.values()]
+    asked = [*sources, *trained.values()]
+    got = torch.autograd.grad(logits, asked, seed, allow_unused=True)
+    seen = zip(recorder.differentiable.items(), got[: len(sources)], strict=True)
+    for (name, (_, turn)), gradient in reversed(list(seen)):
+        if gradient is not None:
+            recorder.gradient(name, turn(gradient))
+    by_name = dict(zip(trained, got[len(sources) :], strict=True))
+    return {name: by_name.get(name) for name in parameters}
+
+
+Look = Callable[[Case], Observation]
+
+
+@contextmanager
+def watched(
+    subject: Subject,
+    d_head: int,
+    *,
+    sites: Mapping[str, Site] | None = None,
+    backward: bool = True,
+    gradients_at: Collection[str] | None = None,
+) -> Iterator[Look]:
+    """Put taps or hooks on a subject once, to run it as often as is wanted.
+
+    Args:
+        subject: What to run.
+        d_head: Size of a head of its model.
+        sites: What to record of a Hugging Face model; a bridge shows every hook point it has.
+            None records nothing: the bare model, with no hook of ours on it.
+        backward: Send the probe back through the logits.
+        gradients_at: Sites of a bridge to hook backwards; None hooks all of ``sites``.
+
+    Yields:
+        A function that runs a case's inputs on the subject. The case's model must be the
+        subject's: it is not looked at again.
+    """
+    recorder = Recorder()
+    around: Any = nullcontext()
+    taps: Taps | None = None
+    if sites is not None and subject.bridge is not None:
+        at = sites if gradients_at is None else gradients_at
+        around = _hooked(subject, recorder, frozenset(at) if backward else ())
+    elif sites is not None:
+        clamps = subject.clamps
+        taps = Taps(
+            subject.model, sites, recorder.visit, d_head=d_head, clamps=clamps, see=recorder.see
+        )
+        around = taps.attached()
+
+    def look(case: Case) -> Observation:
+        recorder.begin(case)
+        data = inputs(case)
+        if taps is not None:
+            taps.cached = case.run.use_cache
+        with at_work("running") if subject.under_test else nullcontext():
+            with torch.set_grad_enabled(backward):
+                logits = run_forward(subject, case, data, recorder, taps)
+            gradients = _gradients(subject, logits, data.probe, recorder) if backward else {}
+        return Observation(
+            logits.detach(),
+            recorder.values,
+            recorder.gradients,
+            gradients,
+            tuple(recorder.fired),
+            tuple(recorder.fired_backward),
+        )
+
+    with around:
+        yield look
 
 
 def observe(
@@ -190,55 +301,16 @@ def observe(
     *,
     sites: Mapping[str, Site] | None = None,
     backward: bool = True,
-    gradients_at: frozenset[str] | None = None,
+    gradients_at: Collection[str] | None = None,
 ) -> Observation:
-    """Run a subject forwards, and backwards if asked, and keep what it showed.
+    """Run a subject once, forwards, and backwards if asked, and keep what it showed.
 
-    Args:
-        subject: What to run.
-        case: How to run it.
-        sites: What to record of a Hugging Face model; a bridge shows every hook point it has.
-            None records nothing: the bare model, with no hook of ours on it.
-        backward: Send the probe back through the logits.
-        gradients_at: Sites of a bridge to hook backwards; None hooks all of ``sites``.
+    See `watched` for the arguments.
     """
-    data = inputs(case)
-    recorder = Recorder(case)
-    around: Any = nullcontext()
-    if sites is not None and subject.bridge is not None:
-        wanted = frozenset(sites) if gradients_at is None else gradients_at
-        around = _hooked(
-            subject, recorder, wanted if backward and recorder.backward else frozenset()
-        )
-    elif sites is not None:
-        around = Taps(
-            subject.model,
-            sites,
-            recorder.visit,
-            d_head=case.model.d_head,
-            clamps=subject.clamps,
-            cached=case.run.use_cache,
-        ).attached()
-    blame = at_work("running") if subject.under_test else nullcontext()
-    with blame, torch.set_grad_enabled(backward), around:
-        logits = run_forward(subject, case, data, recorder)
-        # A replaced output has no gradient to send back.
-        if backward and logits.requires_grad:
-            logits.backward(data.probe.to(logits.dtype))  # type: ignore[no-untyped-call]
-    gradients: dict[str, torch.Tensor | None] = {
-        name: None if parameter.grad is None else parameter.grad.clone()
-        for name, parameter in subject.parameters.items()
-    }
-    for parameter in subject.parameters.values():
-        parameter.grad = None
-    return Observation(
-        logits.detach(),
-        recorder.values,
-        recorder.gradients,
-        gradients if backward else {},
-        tuple(recorder.fired),
-        tuple(recorder.fired_backward),
-    )
+    with watched(
+        subject, case.model.d_head, sites=sites, backward=backward, gradients_at=gradients_at
+    ) as look:
+        return look(case)
 
 
 def sites_of(subject: Subject, case: Case) -> dict[str, Site]:

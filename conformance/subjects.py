@@ -189,5 +189,6 @@ def bridged(
         if prepared:
             made.prepare_model(built)
         bridge = TransformerBridge(built, made, None)
+        bridge.eval()
     declared = tuple(getattr(adapter, "optional_hooks", ()))
     return Subject(built, parameters, bridge=bridge, optional_hooks=declared)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,9 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
-from transformers import DynamicCache
 
-from conformance import observe as observing
 from conformance import taps
 from conformance.edits import edited
 from conformance.inputs import derived_positions, inputs
@@ -61,9 +58,8 @@ def tapped(case: Case, backward: bool = True) -> Observation:
 
 
 def bare(case: Case) -> Observation:
-    """The reference with nothing of the kit's on it, not even its cache."""
-    with patch.object(observing, "TappedCache", DynamicCache):
-        return observe(reference(case.model), case)
+    """The reference with nothing of the kit's on it."""
+    return observe(reference(case.model), case)
 
 
 def with_edits(case: Case, *made: Edit) -> Case:
@@ -266,7 +262,7 @@ class TestLeavesNoTrace:
             assert config._attn_implementation == attention, name
         for parameter in subject.model.parameters():
             assert not parameter._backward_hooks
-        assert taps._ACTIVE.get() is None
+        assert not taps._ATTACHED
         assert not _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
 
     @pytest.mark.parametrize("backward", [True, False])
@@ -293,7 +289,7 @@ class TestLeavesNoTrace:
             return tensor
 
         subject = reference(ODD.model)
-        on = Taps(subject.model, all_sites(ODD.model), visit, d_head=4, clamps=True, cached=False)
+        on = Taps(subject.model, all_sites(ODD.model), visit, d_head=4, clamps=True)
         with pytest.raises(KeyboardInterrupt), on.attached():
             subject.model(input_ids=inputs(ODD).tokens)
         self.pristine(subject)
@@ -309,7 +305,6 @@ class TestLeavesNoTrace:
             lambda name, tensor: tensor,
             d_head=4,
             clamps=True,
-            cached=False,
         )
         with pytest.raises(AttributeError, match="nowhere"), on.attached():
             pass
