@@ -234,6 +234,22 @@ def _gradients(
     return {name: by_name.get(name) for name in parameters}
 
 
+def plain_run(subject: Subject, case: Case, data: Inputs) -> Callable[[], None]:
+    """A bare forward and backward, with nothing observed, ready to be called."""
+    module = subject.bridge if subject.bridge is not None else subject.model
+    if module.training != case.run.training:
+        module.train(case.run.training)
+    given = list(_chunks(subject, case, data, None))
+    probe = data.probe
+
+    def run() -> None:
+        pieces = [_call(subject, each) for each in given]
+        logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+        logits.backward(probe.to(logits.dtype))  # type: ignore[no-untyped-call]
+
+    return run
+
+
 Look = Callable[[Case], Observation]
 
 

@@ -6,7 +6,7 @@ the model it wraps, so no two subjects ever share a module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +120,15 @@ def _fill(parameters: Mapping[str, nn.Parameter], model: ModelSpec) -> None:
         for parameter in parameters.values():
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
             parameter.copy_(drawn * model.weight_scale)
+
+
+def redraw(subjects: Iterable[Subject], model: ModelSpec) -> None:
+    """Give built subjects other weights of the same shapes, in their place: the spec's own."""
+    first, *others = subjects
+    _fill(first.parameters, model)
+    with torch.no_grad():
+        for other in others:
+            torch._foreach_copy_(list(other.parameters.values()), list(first.parameters.values()))
 
 
 def hf_model(model: ModelSpec) -> OlmoForCausalLM:

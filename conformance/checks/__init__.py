@@ -14,6 +14,7 @@ from conformance.checks import (
     layernorm,
     patch,
     precision,
+    series,
 )
 from conformance.checks.registry import REGISTRY, Check, judge, require
 
@@ -35,4 +36,5 @@ __all__ = [
     "patch",
     "precision",
     "require",
+    "series",
 ]

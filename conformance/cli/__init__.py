@@ -9,6 +9,7 @@ from __future__ import annotations
 import click
 
 from conformance.cli.base import Main
+from conformance.cli.bench import bench
 from conformance.cli.check import check
 from conformance.cli.replay import replay
 
@@ -22,5 +23,5 @@ def main() -> None:
     """
 
 
-for command in (check, replay):
+for command in (check, replay, bench):
     main.add_command(command)
