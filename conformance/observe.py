@@ -85,11 +85,17 @@ class Recorder:
         tensor = edited(self.edits[name], tensor)
         self.value(name, tensor.detach())
         if tensor.requires_grad and self.backward:
-            self.differentiable[name] = tensor, lambda gradient: gradient
+            self.differentiable[name] = tensor, _same
         return tensor
 
 
-def _value_hook(recorder: Recorder, name: str) -> Callable[..., torch.Tensor | None]:
+def _same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def _value_hook(
+    recorder: Recorder, name: str, returned: bool
+) -> Callable[..., torch.Tensor | None]:
     def hook(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor | None:
         edit, new = recorder.edits.get(name), None
         if edit is not None:
@@ -97,6 +103,9 @@ def _value_hook(recorder: Recorder, name: str) -> Callable[..., torch.Tensor | N
             if edit.kind == "in_place":
                 tensor.copy_(new)
                 new = None
+        if returned and tensor.requires_grad and recorder.backward:
+            new = tensor.view_as(tensor) if new is None else new
+            recorder.differentiable[name] = new, _same
         recorder.value(name, (tensor if new is None else new).detach().clone())
         return new
 
@@ -118,12 +127,14 @@ def hook_points(subject: Subject) -> dict[str, HookPoint]:
 
 
 @contextmanager
-def _hooked(subject: Subject, recorder: Recorder, backward: Collection[str]) -> Iterator[None]:
+def _hooked(
+    subject: Subject, recorder: Recorder, backward: Collection[str], returned: bool
+) -> Iterator[None]:
     """Record, and edit, at every hook point of a bridge; backward only where asked."""
     points = hook_points(subject)
     try:
         for name, point in points.items():
-            point.add_hook(_value_hook(recorder, name))
+            point.add_hook(_value_hook(recorder, name, returned))
             if name in backward:
                 point.add_hook(_gradient_hook(recorder, name), dir="bwd")
         yield
@@ -207,13 +218,13 @@ def _gradients(
 ) -> dict[str, torch.Tensor | None]:
     """Send the probe back through the logits: the gradients of the parameters, by name.
 
-    On a bridge it is a plain ``backward``, whose hooks record the sites' gradients. A Hugging Face
-    model's are asked for by their tensors, which needs no hook and no ``grad`` to be cleared.
+    Where the sites' tensors are known they are asked for theirs. Else it is a plain ``backward``,
+    and backward hooks record them.
     """
     seed, parameters = probe.to(logits.dtype), subject.parameters
     if not logits.requires_grad:  # a replaced output has no gradient to send back
         return dict.fromkeys(parameters)
-    if subject.bridge is not None:
+    if subject.bridge is not None and not recorder.differentiable:
         logits.backward(seed)  # type: ignore[no-untyped-call]
         found = {
             name: None if parameter.grad is None else parameter.grad.clone()
@@ -261,6 +272,7 @@ def watched(
     sites: Mapping[str, Site] | None = None,
     backward: bool = True,
     gradients_at: Collection[str] | None = None,
+    returned: bool = False,
 ) -> Iterator[Look]:
     """Put taps or hooks on a subject once, to run it as often as is wanted.
 
@@ -271,6 +283,9 @@ def watched(
             None records nothing: the bare model, with no hook of ours on it.
         backward: Send the probe back through the logits.
         gradients_at: Sites of a bridge to hook backwards; None hooks all of ``sites``.
+        returned: Take the sites' gradients from what the forward hooks of a bridge return, a view
+            of what they were given, instead of from backward hooks. That must change nothing, and
+            costs a fifth.
 
     Yields:
         A function that runs a case's inputs on the subject. The case's model must be the
@@ -281,7 +296,8 @@ def watched(
     taps: Taps | None = None
     if sites is not None and subject.bridge is not None:
         at = sites if gradients_at is None else gradients_at
-        around = _hooked(subject, recorder, frozenset(at) if backward else ())
+        hooked = frozenset(at) if backward and not returned else frozenset()
+        around = _hooked(subject, recorder, hooked, returned)
     elif sites is not None:
         clamps = subject.clamps
         taps = Taps(

@@ -293,6 +293,8 @@ def series(draw: DrawFn, *, fewest: SearchStrategy[int] = FEWEST_RERUNS) -> Case
     # Of the model's fields, only the seed of the weights may differ: the rest is built in.
     again = st.builds(Rerun, weight_seed=WEIGHT_SEEDS, run=run_specs(case.model))
     reruns = draw(st.lists(again, min_size=draw(fewest), max_size=MOST_RERUNS))
+    # Train and eval mode change once: walking through all modules costs a forward.
+    reruns.sort(key=lambda rerun: rerun.run.training != case.run.training)
     return replace(case, reruns=tuple(reruns))
 
 

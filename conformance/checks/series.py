@@ -9,7 +9,7 @@ from dataclasses import replace
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import has_exact_patch
 from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values
-from conformance.observe import Observation, sites_of, watched
+from conformance.observe import Observation, observe, sites_of, watched
 from conformance.sites import Site
 from conformance.spec import Case
 from conformance.strategies import series
@@ -42,14 +42,21 @@ def every_gap(
 def all_runs(
     subjects: Mapping[str, Subject], case: Case, sites: Mapping[str, Site]
 ) -> Iterator[tuple[Case, dict[str, Observation]]]:
-    """What every subject shows in each run of a series; they end with the last run's weights."""
+    """What every subject shows in each run of a series; they end with the last run's weights.
+
+    In the first run, backward hooks see the gradients on the bridge. In the others they are those
+    of what the forward hooks return.
+    """
+    d_head = case.model.d_head
+    its = replace(case, reruns=())
+    yield its, {name: observe(subject, its, sites=sites) for name, subject in subjects.items()}
+    if not case.reruns:
+        return
     with ExitStack() as stack:
         look = {
-            name: stack.enter_context(watched(subject, case.model.d_head, sites=sites))
+            name: stack.enter_context(watched(subject, d_head, sites=sites, returned=True))
             for name, subject in subjects.items()
         }
-        its = replace(case, reruns=())
-        yield its, {name: watch(its) for name, watch in look.items()}
         for again in case.reruns:
             its = Case(model=case.model.with_weights(again.weight_seed), run=again.run)
             redraw(subjects.values(), its.model)
