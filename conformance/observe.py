@@ -71,14 +71,11 @@ class Recorder:
             self.fired_backward.append(name)
             self.gradients[name] = tensor
 
-    def see(self, name: str, value: torch.Tensor, source: torch.Tensor, turn: Turn) -> bool:
-        """Keep a site's value, and where its gradient comes from, unless the run edits it."""
-        if name in self.edits:
-            return False
+    def see(self, name: str, value: torch.Tensor, source: torch.Tensor, turn: Turn) -> None:
+        """Keep a site's value, and where its gradient comes from."""
         self.value(name, value)
         if source.requires_grad and self.backward:
             self.differentiable[name] = source, turn
-        return True
 
     def visit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Edit and keep a tensor of a tapped Hugging Face model (see `conformance.taps`)."""
@@ -261,7 +258,7 @@ def plain_run(subject: Subject, case: Case, data: Inputs) -> Callable[[], None]:
     return run
 
 
-Look = Callable[[Case], Observation]
+Look = Callable[[Case, Inputs], Observation]
 
 
 @contextmanager
@@ -288,8 +285,8 @@ def watched(
             costs a fifth.
 
     Yields:
-        A function that runs a case's inputs on the subject. The case's model must be the
-        subject's: it is not looked at again.
+        A function that runs a case on the subject, given the case's inputs. The case's model must
+        be the subject's: it is not looked at again.
     """
     recorder = Recorder()
     around: Any = nullcontext()
@@ -305,11 +302,10 @@ def watched(
         )
         around = taps.attached()
 
-    def look(case: Case) -> Observation:
+    def look(case: Case, data: Inputs) -> Observation:
         recorder.begin(case)
-        data = inputs(case)
         if taps is not None:
-            taps.cached = case.run.use_cache
+            taps.cached, taps.editing = case.run.use_cache, recorder.edits
         with at_work("running") if subject.under_test else nullcontext():
             with torch.set_grad_enabled(backward):
                 logits = run_forward(subject, case, data, recorder, taps)
@@ -342,7 +338,7 @@ def observe(
     with watched(
         subject, case.model.d_head, sites=sites, backward=backward, gradients_at=gradients_at
     ) as look:
-        return look(case)
+        return look(case, inputs(case))
 
 
 def sites_of(subject: Subject, case: Case) -> dict[str, Site]:

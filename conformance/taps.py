@@ -3,22 +3,23 @@
 Module inputs and outputs are reached through PyTorch's own hooks. What happens inside attention is
 reached through Hugging Face's public registries (the attention function and its mask), a `Cache`
 subclass, and a `TorchFunctionMode` that sees the softmax, the dropout and the in-place clamp as
-they are called. That mode costs something at every call, so it is on between the last projection
-and the attention function, if there is a clamp, and inside that function. No line of the model's
-code is copied, and a tapped model computes bit for bit what the bare one does, gradients included.
+they are called. That mode costs something at every call, so it is on inside the attention function,
+and before it only to edit what was clamped. No line of the model's code is copied, and a tapped
+model computes bit for bit what the bare one does, gradients included.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.nn.functional import layer_norm
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -30,7 +31,7 @@ LAYER_NORM_EPS = 1e-5  # transformers' OlmoLayerNorm.forward passes it to F.laye
 
 Visit = Callable[[str, torch.Tensor], torch.Tensor]
 Turn = Callable[[torch.Tensor], torch.Tensor]
-See = Callable[[str, torch.Tensor, torch.Tensor, Turn], bool]
+See = Callable[[str, torch.Tensor, torch.Tensor, Turn], None]
 _INSIDE = (Port.QUERY, Port.KEY, Port.SCORES, Port.PATTERN)
 # The taps on the model that an attention is part of.
 _ATTACHED: WeakKeyDictionary[nn.Module, Taps] = WeakKeyDictionary()
@@ -100,12 +101,14 @@ class Taps(TorchFunctionMode):
         d_head: Size of a head.
         clamps: Whether attention clamps in place. If not, the clipped sites are the projections'
             outputs.
-        see: Asked before `visit`, with the site's value, a tensor of the model's own graph, and a
-            function that turns this tensor's gradient into the site's. If it returns true, the
-            value stays as it is and `visit` is not called: no node is added to the graph.
+        see: Called instead of `visit` where nothing is edited, with the site's value, a tensor of
+            the model's own graph, and a function that turns this tensor's gradient into the
+            site's: no node is added to the graph.
 
     Attributes:
         cached: Whether the run is given a `TappedCache`; set it before each run.
+        editing: Names of the sites that `visit` is for; set it before each run. If there is no
+            ``see`` these are all.
     """
 
     def __init__(
@@ -116,47 +119,44 @@ class Taps(TorchFunctionMode):
         *,
         d_head: int,
         clamps: bool,
-        see: See = lambda *_: False,
+        see: See | None = None,
     ) -> None:
         super().__init__()
         self.cached = False
-        self._model, self._visit, self._see, self._d_head = model, visit, see, d_head
+        self.editing: Collection[str] = sites if see is None else ()
+        self._see: See = see or _nothing
+        self._model, self._visit, self._d_head = model, visit, d_head
         self._turns: dict[Layout, Turn] = {
             Layout.SAME: lambda tensor: tensor,
             Layout.HEADS: lambda tensor: tensor.reshape(*tensor.shape[:-1], -1, d_head),
             Layout.SWAPPED: lambda tensor: tensor.transpose(1, 2),
         }
-        self._ports: dict[tuple[str, Port], list[Site]] = defaultdict(list)
+        self._ports: dict[str, dict[Port, list[Site]]] = defaultdict(lambda: defaultdict(list))
         for site in sites.values():
             outward = site.port is Port.CLIPPED and not clamps
-            self._ports[site.module, Port.OUT if outward else site.port].append(site)
-        modules = {module for module, _ in self._ports}
+            self._ports[site.module][Port.OUT if outward else site.port].append(site)
         # The model clamps the outputs of these in place.
-        self._clamped = {m for m in modules if clamps and m.endswith(CLAMPED)}
-        self._attention = ""  # the module that the latest call from inside is of
-        self._clipped: Iterator[str] = iter(())
-        self._expecting_clamps = False
+        self._clamped = {m for m in self._ports if clamps and m.endswith(CLAMPED)}
+        # Of the module that the latest call from inside is of.
+        self._attention: dict[Port, list[Site]] = {}
+        self._clamps: deque[tuple[list[Site], torch.Tensor]] = deque()
+        self._watches_clamps = False
 
-    def through(self, module: str, port: Port, tensor: torch.Tensor) -> torch.Tensor:
+    def through(self, sites: Sequence[Site], tensor: torch.Tensor) -> torch.Tensor:
         """Show the tensor at a place to each site there, and return what they leave of it."""
-        found = self._ports.get((module, port))
-        if found is None:
-            return tensor
-        if port is Port.IN and tensor.requires_grad:
-            tensor = tensor.view_as(tensor)  # others may read it: the gradient of this use alone
-        for site in found:
-            turn = self._turns[site.layout]
-            if not self._see(site.name, turn(tensor.detach()), tensor, turn):
+        for site in sites:
+            if site.name in self.editing:
                 seen = self._visit(site.name, self._to_hook(site.layout, tensor))
                 tensor = self._from_hook(site.layout, seen)
-        if port is Port.OUT and module in self._clamped:
-            tensor = tensor.clone()  # what the clamp then does does not reach what was seen
+            else:
+                turn = self._turns[site.layout]
+                self._see(site.name, turn(tensor.detach()), tensor, turn)
         return tensor
 
     def inside(self, layer: int, port: Port, tensor: torch.Tensor) -> torch.Tensor:
         """Show a tensor from inside the attention of a layer."""
-        self._attention = f"model.layers.{layer}.self_attn"
-        return self.through(self._attention, port, tensor)
+        self._attention = self._ports[f"model.layers.{layer}.self_attn"]
+        return self.through(self._attention[port], tensor)
 
     def _to_hook(self, layout: Layout, tensor: torch.Tensor) -> torch.Tensor:
         """A fresh node of the graph, which the edits of other sites at the place do not reach."""
@@ -172,80 +172,93 @@ class Taps(TorchFunctionMode):
     ) -> Any:
         """Show the clamp's result, the softmax's argument and the dropout's result."""
         if func is torch.nn.functional.softmax:
-            args = (self.through(self._attention, Port.SCORES, args[0]), *args[1:])
+            args = (self.through(self._attention[Port.SCORES], args[0]), *args[1:])
         result = func(*args, **(kwargs or {}))
         if func is torch.nn.functional.dropout:
-            return self.through(self._attention, Port.PATTERN, result)
+            return self.through(self._attention[Port.PATTERN], result)
         if func is torch.Tensor.clamp_:
-            self._clamped_in_place(next(self._clipped), result)
+            sites, tensor = self._clamps.popleft()
+            # The model goes on with the tensor that it clamped, not with what clamp_ returns.
+            tensor.copy_(self.through(sites, tensor.clone()))
         return result
 
-    def _clamped_in_place(self, module: str, tensor: torch.Tensor) -> None:
-        """Show what the model goes on with: the tensor that it clamped, not clamp_'s result."""
-        for site in self._ports[module, Port.CLIPPED]:
-            turn = self._turns[site.layout]
-            if not self._see(site.name, turn(tensor.detach()), tensor, turn):
-                seen = self._visit(site.name, self._to_hook(site.layout, tensor.clone()))
-                tensor.copy_(self._from_hook(site.layout, seen))
-
-    def _clamps_are_next(self, module: str) -> None:
-        attention = module.removesuffix(CLAMPED[-1])
-        self._clipped = (f"{attention}{projection}" for projection in CLAMPED)
-        self._expecting_clamps = True
-        self.__enter__()  # type: ignore[no-untyped-call]
+    def _watch_clamps(self) -> None:
+        names = [site.name for sites, _ in self._clamps for site in sites]
+        if not set(names).isdisjoint(self.editing):
+            self._watches_clamps = True
+            self.__enter__()  # type: ignore[no-untyped-call]
 
     def clamps_are_over(self) -> None:
-        """Watch no further calls until the attention function makes its own."""
-        if self._expecting_clamps:
-            self._expecting_clamps = False
+        """Show what the clamps have made of the projections, unless that was shown already."""
+        if self._watches_clamps:
+            self._watches_clamps = False
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        while self._clamps:
+            self.through(*self._clamps.popleft())
 
     def _enter(self, name: str) -> Callable[..., Any]:
+        places = self._ports[name]
+        into, cosine, sine = places[Port.IN], places[Port.COS], places[Port.SIN]
+
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            if (name, Port.COS) in self._ports:
+            if cosine or sine:
                 cos, sin = kwargs["position_embeddings"]
-                rotated = self.through(name, Port.COS, cos), self.through(name, Port.SIN, sin)
+                rotated = self.through(cosine, cos), self.through(sine, sin)
                 kwargs = {**kwargs, "position_embeddings": rotated}
-            if args:
-                return (self.through(name, Port.IN, args[0]), *args[1:]), kwargs
-            hidden = self.through(name, Port.IN, kwargs["hidden_states"])
-            return args, {**kwargs, "hidden_states": hidden}
+            tensor = args[0] if args else kwargs["hidden_states"]
+            if tensor.requires_grad:
+                tensor = tensor.view_as(tensor)  # others may read it: the gradient of this use
+            tensor = self.through(into, tensor)
+            return (
+                ((tensor, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": tensor})
+            )
 
         return hook
 
     def _leave(self, name: str) -> Callable[..., Any]:
+        places = self._ports[name]
+        out, first, second = places[Port.OUT], places[Port.FIRST], places[Port.SECOND]
+        scale, clipped, clamped = places[Port.SCALE], places[Port.CLIPPED], name in self._clamped
+        last = name.endswith(CLAMPED[-1])
+
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if isinstance(output, tuple):
-                first = self.through(name, Port.FIRST, output[0])
-                second = output[1]
-                if second is not None:
-                    second = self.through(name, Port.SECOND, second)
-                return (first, second, *output[2:])
-            if (name, Port.SCALE) in self._ports:
-                output = self._rescaled(name, args[0], output)
-            output = self.through(name, Port.OUT, output)
-            if (name, Port.CLIPPED) in self._ports and name.endswith(CLAMPED[-1]):
-                self._clamps_are_next(name)
+                pair = (
+                    self.through(sites, x)
+                    for sites, x in zip((first, second), output, strict=False)
+                )
+                return (*pair, *output[2:])
+            if scale:
+                output = self._rescaled(scale[0], args[0], output)
+            output = self.through(out, output)
+            if clamped:
+                output = output.clone()  # what the clamp then does does not reach what was seen
+                self._clamps.append((clipped, output))
+                if last:
+                    self._watch_clamps()
             return output
 
         return hook
 
-    def _rescaled(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def _rescaled(self, site: Site, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """The LayerNorm's output with its denominator shown, and recomputed where it is edited.
 
         A denominator that is not edited has the gradient that it has in a computation from
         scratch: that of the quotient ``centered / scale``, which is the output.
         """
-        (site,) = self._ports[name, Port.SCALE]
-        with torch.no_grad():
-            centered, scale = _quotient(x)
+        if site.name not in self.editing:
+            wide = x.detach().float()
+            scale = (wide.var(-1, correction=0, keepdim=True) + LAYER_NORM_EPS).sqrt()
 
-        def of_scale(gradient: torch.Tensor) -> torch.Tensor:
-            return -(gradient.float() * (centered / scale) / scale).sum(-1, keepdim=True)
+            def of_scale(gradient: torch.Tensor) -> torch.Tensor:
+                quotient = layer_norm(wide, wide.shape[-1:], eps=LAYER_NORM_EPS)
+                return -(gradient.float() * quotient).sum(-1, keepdim=True) / scale
 
-        if self._see(site.name, scale, output, of_scale):
+            self._see(site.name, scale, output, of_scale)
             return output
-        centered, scale = _quotient(x)
+        wide = x.float()
+        centered = wide - wide.mean(-1, keepdim=True)
+        scale = (centered.pow(2).mean(-1, keepdim=True) + LAYER_NORM_EPS).sqrt()
         seen = self._visit(site.name, self._to_hook(Layout.SAME, scale))
         rebuilt = centered / seen
         # Where the edit leaves the value alone the two quotients cancel exactly, in value and in
@@ -258,23 +271,23 @@ class Taps(TorchFunctionMode):
         """Run the model with the taps on; afterwards it is as it was."""
         before = self._model.config._attn_implementation  # type: ignore[union-attr]
         with ExitStack() as stack:
-            for name in dict.fromkeys(module for module, _ in self._ports):
+            for name, places in self._ports.items():
                 module = self._model.get_submodule(name)
                 entered = module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
                 stack.callback(entered.remove)
                 stack.callback(module.register_forward_hook(self._leave(name)).remove)
+                if any(places[port] for port in _INSIDE):
+                    _ATTACHED[module] = self
+                    stack.callback(_ATTACHED.pop, module)
             self._model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
             stack.callback(self._model.set_attn_implementation, before)  # type: ignore[arg-type]
-            for name in {module for module, port in self._ports if port in _INSIDE}:
-                module = self._model.get_submodule(name)
-                _ATTACHED[module] = self
-                stack.callback(_ATTACHED.pop, module)
-            stack.callback(self.clamps_are_over)  # where the model raised between the two
+            stack.callback(self._abandon)  # where the model raised between clamp and attention
             yield
 
+    def _abandon(self) -> None:
+        self._clamps.clear()
+        self.clamps_are_over()
 
-def _quotient(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A LayerNorm's numerator and denominator, in float32 as in the model's own kernel."""
-    wide = x.float()
-    centered = wide - wide.mean(-1, keepdim=True)
-    return centered, (centered.pow(2).mean(-1, keepdim=True) + LAYER_NORM_EPS).sqrt()
+
+def _nothing(*_: object) -> None:
+    """There is nobody to see."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import has_exact_patch
 from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values
+from conformance.inputs import inputs
 from conformance.observe import Observation, observe, sites_of, watched
 from conformance.sites import Site
 from conformance.spec import Case
@@ -60,7 +61,8 @@ def all_runs(
         for again in case.reruns:
             its = Case(model=case.model.with_weights(again.weight_seed), run=again.run)
             redraw(subjects.values(), its.model)
-            yield its, {name: watch(its) for name, watch in look.items()}
+            data = inputs(its)
+            yield its, {name: watch(its, data) for name, watch in look.items()}
 
 
 def gaps_of(
