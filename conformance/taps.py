@@ -3,15 +3,15 @@
 Module inputs and outputs are reached through PyTorch's own hooks. What happens inside attention is
 reached through Hugging Face's public registries (the attention function and its mask), a `Cache`
 subclass, and a `TorchFunctionMode` that sees the softmax, the dropout and the in-place clamp as
-they are called. That mode costs something at every call, so it is on inside the attention function,
-and before it only to edit what was clamped. No line of the model's code is copied, and a tapped
-model computes bit for bit what the bare one does, gradients included.
+they are called. That mode costs something at every call, so it is on between the last projection
+and the attention function, if there is a clamp, and inside that function. No line of the model's
+code is copied, and a tapped model computes bit for bit what the bare one does, gradients included.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.nn.functional import layer_norm
 from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -139,7 +138,7 @@ class Taps(TorchFunctionMode):
         self._clamped = {m for m in self._ports if clamps and m.endswith(CLAMPED)}
         # Of the module that the latest call from inside is of.
         self._attention: dict[Port, list[Site]] = {}
-        self._clamps: deque[tuple[list[Site], torch.Tensor]] = deque()
+        self._clamps: Iterator[list[Site]] = iter(())
         self._watches_clamps = False
 
     def through(self, sites: Sequence[Site], tensor: torch.Tensor) -> torch.Tensor:
@@ -177,24 +176,27 @@ class Taps(TorchFunctionMode):
         if func is torch.nn.functional.dropout:
             return self.through(self._attention[Port.PATTERN], result)
         if func is torch.Tensor.clamp_:
-            sites, tensor = self._clamps.popleft()
-            # The model goes on with the tensor that it clamped, not with what clamp_ returns.
-            tensor.copy_(self.through(sites, tensor.clone()))
+            self._clamped_in_place(next(self._clamps), result)
         return result
 
-    def _watch_clamps(self) -> None:
-        names = [site.name for sites, _ in self._clamps for site in sites]
-        if not set(names).isdisjoint(self.editing):
-            self._watches_clamps = True
-            self.__enter__()  # type: ignore[no-untyped-call]
+    def _clamped_in_place(self, sites: Sequence[Site], tensor: torch.Tensor) -> None:
+        """Show what the model goes on with: the tensor that it clamped, not clamp_'s result."""
+        if any(site.name in self.editing for site in sites):
+            tensor.copy_(self.through(sites, tensor.clone()))
+        else:
+            self.through(sites, tensor)
+
+    def _watch_clamps(self, module: str) -> None:
+        attention = module.removesuffix(CLAMPED[-1])
+        self._clamps = iter([self._ports[attention + name][Port.CLIPPED] for name in CLAMPED])
+        self._watches_clamps = True
+        self.__enter__()  # type: ignore[no-untyped-call]
 
     def clamps_are_over(self) -> None:
-        """Show what the clamps have made of the projections, unless that was shown already."""
+        """Watch no further calls until the attention function makes its own."""
         if self._watches_clamps:
             self._watches_clamps = False
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        while self._clamps:
-            self.through(*self._clamps.popleft())
 
     def _enter(self, name: str) -> Callable[..., Any]:
         places = self._ports[name]
@@ -218,8 +220,8 @@ class Taps(TorchFunctionMode):
     def _leave(self, name: str) -> Callable[..., Any]:
         places = self._ports[name]
         out, first, second = places[Port.OUT], places[Port.FIRST], places[Port.SECOND]
-        scale, clipped, clamped = places[Port.SCALE], places[Port.CLIPPED], name in self._clamped
-        last = name.endswith(CLAMPED[-1])
+        scale, clamped = places[Port.SCALE], name in self._clamped
+        last = bool(clamped and places[Port.CLIPPED]) and name.endswith(CLAMPED[-1])
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if isinstance(output, tuple):
@@ -233,9 +235,8 @@ class Taps(TorchFunctionMode):
             output = self.through(out, output)
             if clamped:
                 output = output.clone()  # what the clamp then does does not reach what was seen
-                self._clamps.append((clipped, output))
-                if last:
-                    self._watch_clamps()
+            if last:
+                self._watch_clamps(name)
             return output
 
         return hook
@@ -246,19 +247,17 @@ class Taps(TorchFunctionMode):
         A denominator that is not edited has the gradient that it has in a computation from
         scratch: that of the quotient ``centered / scale``, which is the output.
         """
-        if site.name not in self.editing:
-            wide = x.detach().float()
-            scale = (wide.var(-1, correction=0, keepdim=True) + LAYER_NORM_EPS).sqrt()
+        edited = site.name in self.editing
+        wide = (x if edited else x.detach()).float()
+        centered = wide - wide.mean(-1, keepdim=True)
+        scale = (centered.pow(2).mean(-1, keepdim=True) + LAYER_NORM_EPS).sqrt()
+        if not edited:
 
             def of_scale(gradient: torch.Tensor) -> torch.Tensor:
-                quotient = layer_norm(wide, wide.shape[-1:], eps=LAYER_NORM_EPS)
-                return -(gradient.float() * quotient).sum(-1, keepdim=True) / scale
+                return -(gradient.float() * (centered / scale) / scale).sum(-1, keepdim=True)
 
             self._see(site.name, scale, output, of_scale)
             return output
-        wide = x.float()
-        centered = wide - wide.mean(-1, keepdim=True)
-        scale = (centered.pow(2).mean(-1, keepdim=True) + LAYER_NORM_EPS).sqrt()
         seen = self._visit(site.name, self._to_hook(Layout.SAME, scale))
         rebuilt = centered / seen
         # Where the edit leaves the value alone the two quotients cancel exactly, in value and in
@@ -281,12 +280,8 @@ class Taps(TorchFunctionMode):
                     stack.callback(_ATTACHED.pop, module)
             self._model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
             stack.callback(self._model.set_attn_implementation, before)  # type: ignore[arg-type]
-            stack.callback(self._abandon)  # where the model raised between clamp and attention
+            stack.callback(self.clamps_are_over)  # where the model raised between the two
             yield
-
-    def _abandon(self) -> None:
-        self._clamps.clear()
-        self.clamps_are_over()
 
 
 def _nothing(*_: object) -> None:
