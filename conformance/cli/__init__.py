@@ -11,7 +11,9 @@ import click
 from conformance.cli.base import Main
 from conformance.cli.bench import bench
 from conformance.cli.check import check
+from conformance.cli.mutants import mutants
 from conformance.cli.replay import replay
+from conformance.cli.soak import soak
 
 
 @click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,5 +25,5 @@ def main() -> None:
     """
 
 
-for command in (check, replay, bench):
+for command in (check, replay, mutants, soak, bench):
     main.add_command(command)

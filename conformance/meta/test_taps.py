@@ -461,3 +461,11 @@ def test_edit_reaches_what_comes_after(site: str) -> None:
         assert moved or site == "unembed.hook_out"
         assert not torch.equal(plain.logits, touched.logits)
     close(Scratch(case).logits.detach(), touched.logits, "logits")
+
+
+def test_a_projection_is_seen_before_its_clamp_also_where_the_clamp_is_not_asked_for() -> None:
+    asked = observable(ODD.model)
+    narrow, wide = observe(reference(ODD.model), ODD, sites=asked), tapped(ODD)
+    for name in asked:
+        assert torch.equal(narrow.values[name], wide.values[name]), name
+    assert narrow.values["blocks.0.attn.q.hook_out"].abs().max() > ODD.model.clip_qkv  # type: ignore[operator]

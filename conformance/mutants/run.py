@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import hypothesis
@@ -50,16 +52,42 @@ class Kill:
         return f"{self.mutant}: {fate} after {self.cases} cases, {self.seconds:.1f} s{what}"
 
 
-def kill(mutant: Mutant, *, examples: int | None = None, seed: int = 0) -> Kill:
+class OutOfTime(Exception):  # noqa: N818 - no fault of anybody
+    """A mutant has had its time."""
+
+
+@contextmanager
+def _limited(seconds: float | None) -> Iterator[None]:
+    """Raise `OutOfTime` in here after so many seconds, also out of an endless loop."""
+    if seconds is None:
+        yield
+        return
+
+    def over(*_: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def kill(
+    mutant: Mutant, *, examples: int | None = None, seed: int = 0, cap: float | None = None
+) -> Kill:
     """Draw cases for the mutant's killer until one of them fails. Nothing is shrunk.
 
     Args:
         mutant: The mutant; it is applied meanwhile.
         examples: How many cases at most; the ``ci`` profile's for this check if None.
         seed: Seed of the draws. (Derandomized ones would change with every edit of this function.)
+        cap: Seconds after which it counts as a survivor; needs the main thread of a POSIX process.
     """
     check, start = REGISTRY[mutant.killer], time.perf_counter()
-    found: list[ConformanceError] = []
+    found: list[ConformanceError | OutOfTime] = []
     cases = 0
 
     def one(case: Case) -> None:
@@ -69,7 +97,7 @@ def kill(mutant: Mutant, *, examples: int | None = None, seed: int = 0) -> Kill:
         cases += 1
         try:
             require(check, OlmoArchitectureAdapter, case)
-        except ConformanceError as error:
+        except (ConformanceError, OutOfTime) as error:
             found.append(error)
             raise
 
@@ -82,7 +110,8 @@ def kill(mutant: Mutant, *, examples: int | None = None, seed: int = 0) -> Kill:
     if examples is not None:
         bound = settings(bound, max_examples=examples)
     drawn = hypothesis.seed(seed)(bound(given(case=check.cases())(one)))
-    with mutant.apply(), suppress(ConformanceError):
+    with mutant.apply(), suppress(ConformanceError, OutOfTime), _limited(cap):
         drawn()
     seconds = time.perf_counter() - start
-    return Kill(mutant, found[0].verdict if found else None, cases, seconds)
+    verdict = next((end.verdict for end in found if isinstance(end, ConformanceError)), None)
+    return Kill(mutant, verdict, cases, seconds)
