@@ -37,9 +37,10 @@ def same(first: Observation, second: Observation) -> None:
     same_tensors(first.parameter_gradients, second.parameter_gradients)
 
 
-@settings(derandomize=True, database=None, deadline=None, max_examples=6)
+@settings(derandomize=True, database=None, deadline=None, max_examples=5)
 @given(series())
 def test_a_reused_and_a_fresh_build_show_the_same(case: Case) -> None:
+    case = replace(case, reruns=case.reruns[::5])
     subjects = built(OlmoArchitectureAdapter, case)
     sites = sites_of(subjects["bridged"], case)
     for its, seen in all_runs(subjects, case, sites):
