@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
 from conformance.edits import edited
@@ -119,7 +120,12 @@ def _gradient_hook(recorder: Recorder, name: str) -> Callable[..., None]:
 def hook_points(subject: Subject) -> dict[str, HookPoint]:
     """Every hook point of a bridge once, under its canonical name."""
     assert subject.bridge is not None
-    unique = {id(point): point for point in subject.bridge.hook_dict.values()}
+    return canonical_points(subject.bridge)
+
+
+def canonical_points(bridge: TransformerBridge) -> dict[str, HookPoint]:
+    """As `hook_points`, of a bridge that is no subject."""
+    unique = {id(point): point for point in bridge.hook_dict.values()}
     return {str(point.name): point for point in unique.values()}
 
 

@@ -7,7 +7,7 @@ copy of the model's code (see `conformance.reference`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cache
@@ -270,9 +270,10 @@ def observable(model: ModelSpec, optional: Collection[str] = ()) -> dict[str, Si
         model: The model whose blocks are counted.
         optional: Hook patterns that the adapter under test declares.
     """
-    return dict(_observable(model.num_hidden_layers, tuple(optional)))
+    return dict(observable_in(model.num_hidden_layers, tuple(optional)))
 
 
 @cache
-def _observable(layers: int, optional: tuple[str, ...]) -> dict[str, Site]:
+def observable_in(layers: int, optional: tuple[str, ...]) -> Mapping[str, Site]:
+    """As `observable`, for so many layers."""
     return {site.name: site for site in _expand(fired_rows(optional), layers)}
