@@ -97,7 +97,17 @@ def check(
         if checks:
             raise SpecError("model", model, f"without CHECKS, of which there is {checks[0]!r}")
         ctx.exit(
-            real.check_model(model, adapter, seed=seed or 0, json_file=json_file, **checkpoint)
+            real.check_model(
+                model,
+                adapter,
+                dtype=dtype,
+                device=device,
+                text=text,
+                tokens=tokens,
+                gradients=gradients,
+                seed=seed or 0,
+                json_file=json_file,
+            )
         )
     on = profiles.profile(profile)
     if examples is not None:
