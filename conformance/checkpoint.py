@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from transformers import AutoConfig, AutoTokenizer, OlmoConfig, OlmoForCausalLM
 
 from conformance.spec import SpecError
 
+M_MMAP_THRESHOLD = -3  # malloc.h
+LARGE = 2**20  # bytes of a block that is mapped on its own
 MEMORY = 1.2  # of the model alone: what judging may take
 
 
@@ -47,6 +50,17 @@ class Checkpoint:
         model.requires_grad_(False)
         loaded: OlmoForCausalLM = model
         return loaded
+
+
+def return_memory() -> None:
+    """Let every large block go back to the system when it is freed, where the C library can.
+
+    glibc keeps blocks of up to 32 MiB once it has seen some freed, and what lies between them for
+    good then holds the holes: gradients that are long forgotten took as much as the model.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def _free(device: torch.device) -> int:

@@ -105,11 +105,12 @@ def check_model(
     """Judge an adapter on a checkpoint and print what was found: the exit code."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    from conformance.checkpoint import find, tokens_of
+    from conformance.checkpoint import find, return_memory, tokens_of
     from conformance.real import Report, judge_model
     from conformance.run import load_adapter, versions
     from conformance.subjects import SubjectError
 
+    return_memory()
     judged = load_adapter(adapter)
     checkpoint = find(source, dtype=dtype, device=device)
     given = tokens_of(checkpoint, text=text, length=tokens, seed=seed)
