@@ -114,12 +114,16 @@ def hf_config(model: ModelSpec) -> OlmoConfig:
 
 
 def _fill(parameters: Mapping[str, nn.Parameter], model: ModelSpec) -> None:
-    """Draw every weight and bias from the spec's seed, wide enough for clips to bind."""
+    """Draw every weight and bias from the spec's seed, wide enough for clips to bind.
+
+    They are scaled in float32 at least: a float64 model's weights are no float32 numbers.
+    """
     generator = torch.Generator().manual_seed(model.weight_seed)
     with torch.no_grad():
         for parameter in parameters.values():
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-            parameter.copy_(drawn * model.weight_scale)
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            parameter.copy_(drawn.to(wide) * model.weight_scale)
 
 
 def hf_model(model: ModelSpec) -> OlmoForCausalLM:
