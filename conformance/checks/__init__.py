@@ -3,6 +3,7 @@
 from conformance.checks import (
     alive,
     biases,
+    circuits,
     clamp,
     compatibility,
     configuration,
@@ -14,6 +15,8 @@ from conformance.checks import (
     layernorm,
     patch,
     precision,
+    states,
+    weights,
 )
 from conformance.checks.registry import REGISTRY, Check, judge, require
 
@@ -22,6 +25,7 @@ __all__ = [
     "Check",
     "alive",
     "biases",
+    "circuits",
     "clamp",
     "compatibility",
     "configuration",
@@ -35,4 +39,6 @@ __all__ = [
     "patch",
     "precision",
     "require",
+    "states",
+    "weights",
 ]
