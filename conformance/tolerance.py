@@ -204,3 +204,17 @@ def of_composition(dtype: torch.dtype) -> Allowance:
     """
     atol = (32 if dtype == torch.float64 else 16) * torch.finfo(dtype).eps
     return Allowance(0.0, atol, "singular values instead of dense products")
+
+
+def of_processed(size: torch.Tensor, dtype: torch.dtype) -> Allowance:
+    """The allowance of a weight that processing took a mean out of, or summed a bias into.
+
+    Args:
+        size: The sizes of what was summed, in float64.
+        dtype: The model's. Shorter ones are processed in float32 and rounded at the end. Measured
+            up to 0.95 eps of the greatest size in float32 and float64, over 500 drawn cases; a
+            mean along the wrong axis is off by a tenth.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    atol = 2 * torch.finfo(wide).eps * _greatest(size.abs())
+    return Allowance(_eps(dtype), atol, "processed weights: another order of summation")

@@ -15,6 +15,7 @@ from conformance.checks import (
     layernorm,
     patch,
     precision,
+    processing,
     states,
     weights,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "layernorm",
     "patch",
     "precision",
+    "processing",
     "require",
     "states",
     "weights",

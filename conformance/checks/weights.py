@@ -28,7 +28,7 @@ from conformance.subjects import Subject, at_work, bridged, reference
 WRAPPED = "_original_component."
 
 
-def _squared(model: ModelSpec) -> ModelSpec:
+def squared(model: ModelSpec) -> ModelSpec:
     """The model with some sizes made equal, so that no shape tells a matrix from its transpose."""
     seed, hidden = model.weight_seed, model.hidden_size
     groups = model.num_key_value_heads * model.d_head
@@ -44,7 +44,7 @@ def _squared(model: ModelSpec) -> ModelSpec:
 
 def shaped_cases() -> SearchStrategy[Case]:
     """Cases of every head geometry, most of them with a square matrix or two."""
-    return cases(models=model_specs().map(_squared))
+    return cases(models=model_specs().map(squared))
 
 
 def read(bridge: TransformerBridge, model: ModelSpec) -> dict[str, Any]:
