@@ -35,7 +35,9 @@ class WholeStateBridge(TransformerBridge):
         named = {self._lens_name(key, known): tensor for key, tensor in state_dict.items()}
         named.setdefault("unembed.bias", self.unembed.b_U)
         self._refuse_wrong_shapes(named, known)
-        return super().load_state_dict(named, strict=strict, assign=assign)
+        return super().load_state_dict(  # type: ignore[no-untyped-call]
+            named, strict=strict, assign=assign
+        )
 
     def _lens_name(self, key: str, known: Mapping[str, list[str]]) -> str:
         """TransformerLens' name of a weight that may have Hugging Face's."""
@@ -57,7 +59,7 @@ class WholeStateBridge(TransformerBridge):
         if wrong:
             raise RuntimeError(f"wrong shapes, nothing was loaded: {'; '.join(wrong)}")
 
-    def to(self, *args: Any, **kwargs: Any) -> TransformerBridge:
+    def to(self, *args: Any, **kwargs: Any) -> TransformerBridge:  # type: ignore[override]
         """Move or cast, and say so in every configuration."""
         super().to(*args, **kwargs)
         self._tell_dtype()
@@ -67,7 +69,7 @@ class WholeStateBridge(TransformerBridge):
         self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
     ) -> TransformerBridge:
         """What ``half()``, ``double()`` and the like come down to."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._tell_dtype()
         return self
 

@@ -176,4 +176,3 @@ def stacked(found: Mapping[str, torch.Tensor | None], model: ModelSpec) -> Param
         if tensor is not None and holder.startswith("blocks."):
             groups.setdefault(name, []).append(tensor)
     return {name: torch.stack(tensors) for name, tensors in groups.items()}
-

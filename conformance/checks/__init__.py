@@ -6,6 +6,7 @@ from conformance.checks import (
     circuits,
     clamp,
     compatibility,
+    components,
     configuration,
     copies,
     forward,
@@ -18,6 +19,7 @@ from conformance.checks import (
     processing,
     states,
     weights,
+    wiring,
 )
 from conformance.checks.registry import REGISTRY, Check, judge, require
 
@@ -29,6 +31,7 @@ __all__ = [
     "circuits",
     "clamp",
     "compatibility",
+    "components",
     "configuration",
     "copies",
     "forward",
@@ -43,4 +46,5 @@ __all__ = [
     "require",
     "states",
     "weights",
+    "wiring",
 ]

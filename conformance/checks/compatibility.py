@@ -26,7 +26,9 @@ from conformance.tolerance import of_log_probabilities
 ACTIVATIONS = ("silu", *sorted(set(ACT2FN) - {"silu"}))
 
 
-def processed_runs(model: ModelSpec, paddings: tuple[str, ...] = PADDINGS) -> SearchStrategy[RunSpec]:
+def processed_runs(
+    model: ModelSpec, paddings: tuple[str, ...] = PADDINGS
+) -> SearchStrategy[RunSpec]:
     """Runs in eval mode with any set of processing."""
     # Every set at once, for Hypothesis makes near-copies of draws that are alike.
     sets = [some for size in range(len(PROCESSING) + 1) for some in combinations(PROCESSING, size)]

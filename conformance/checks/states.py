@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,9 +24,7 @@ from conformance.subjects import Subject, at_work, bridged, reference
 State = dict[str, torch.Tensor]
 
 # A component's path within its block, with either side's names.
-PATHS = {
-    part.path: (part.path.split("{i}.")[-1], part.module.split("{i}.")[-1]) for part in TABLE
-}
+PATHS = {part.path: (part.path.split("{i}.")[-1], part.module.split("{i}.")[-1]) for part in TABLE}
 
 
 def lens_names(state: Mapping[str, Any], model: ModelSpec) -> dict[str, str]:
@@ -201,7 +200,7 @@ def refused(adapter: Adapter, case: Case) -> Iterator[Gap]:
     before = {known: each.detach().clone() for known, each in subject.parameters.items()}
     for stage, (wrong, culprit) in broken.items():
         with at_work(f"load_state_dict {stage}"):
-            said = _refused(lambda wrong=wrong: bridge.load_state_dict(wrong))
+            said = _refused(partial(bridge.load_state_dict, wrong))
         if said is None:
             yield Gap(f"load_state_dict {stage}", "contract", "is not refused")
         elif not _names(said, culprit):

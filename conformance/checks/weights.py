@@ -34,12 +34,12 @@ def squared(model: ModelSpec) -> ModelSpec:
     groups = model.num_key_value_heads * model.d_head
     if seed & 8 and model.head_dim is not None:
         hidden = groups
-    changed = {
-        "hidden_size": hidden,
-        "intermediate_size": hidden if seed & 1 else model.intermediate_size,
-        "vocab_size": hidden if seed & 2 else model.vocab_size,
-    }
-    return replace(model, **changed)
+    return replace(
+        model,
+        hidden_size=hidden,
+        intermediate_size=hidden if seed & 1 else model.intermediate_size,
+        vocab_size=hidden if seed & 2 else model.vocab_size,
+    )
 
 
 def shaped_cases() -> SearchStrategy[Case]:
@@ -130,8 +130,11 @@ def read_right(adapter: Adapter, case: Case) -> Iterator[Gap]:
     with at_work("reading the weights of the whole bridge"):
         yield from exact_gaps(due, {name: getattr(bridge, name) for name in due})
         yield from _refusals(bridge)
-        named = {"tl_parameters": bridge.tl_parameters(), "get_params": bridge.get_params()}
-        named["tl_named_parameters"] = dict(bridge.tl_named_parameters())
+        named = {
+            "tl_parameters": bridge.tl_parameters(),
+            "tl_named_parameters": dict(bridge.tl_named_parameters()),
+            "get_params": bridge.get_params(),  # type: ignore[no-untyped-call]
+        }
         for name, got in named.items():
             for gap in exact_gaps(_lens_parameters(found, model), got):
                 yield replace(gap, site=f"{name}()[{gap.site!r}]")
