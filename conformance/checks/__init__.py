@@ -18,6 +18,7 @@ from conformance.checks import (
     precision,
     processing,
     states,
+    surface,
     weights,
     wiring,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "processing",
     "require",
     "states",
+    "surface",
     "weights",
     "wiring",
 ]
