@@ -13,10 +13,11 @@ from hypothesis.strategies import SearchStrategy
 
 from conformance.checks.compatibility import process, processed_runs
 from conformance.checks.forward import logits_gap
+from conformance.checks.parameters import WRAPPED
 from conformance.checks.registry import Adapter, check
 from conformance.checks.states import lens_names
 from conformance.checks.support import exact_gaps
-from conformance.checks.weights import WRAPPED, read, squared
+from conformance.checks.weights import read, squared
 from conformance.compare import Gap, compare_parameters, compare_tensors
 from conformance.observe import observe
 from conformance.parts import stacked, weights

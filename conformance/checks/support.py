@@ -23,8 +23,13 @@ def needs_patch(adapter: Adapter, *, exact: bool = False) -> None:
     """Say that a check does not apply to an adapter with no patch (or no exact one) of its own."""
     if adapter.prepare_model is ArchitectureAdapter.prepare_model:
         raise NotApplicable("the adapter has no prepare_model of its own")
-    if exact and "exact_clip" not in inspect.signature(adapter.prepare_model).parameters:
+    if exact and not has_exact(adapter):
         raise NotApplicable("the adapter's prepare_model has no exact_clip mode")
+
+
+def has_exact(adapter: Adapter) -> bool:
+    """Whether the adapter's patch has an exact mode."""
+    return "exact_clip" in inspect.signature(adapter.prepare_model).parameters
 
 
 def within_clip(case: Case) -> bool:
