@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
 from conformance.alone import Call, Drawer, run_alone, watched
@@ -30,6 +31,7 @@ class Pair:
     truth: Subject
     subject: Subject
     case: Case
+    points: Mapping[str, HookPoint]
 
     def module(self, part: Part) -> Any:
         """The Hugging Face module of a component."""
@@ -63,7 +65,7 @@ class Pair:
         # Sites that are recomputed round the module's own output have checks of their own.
         points = {
             name: point
-            for name, point in hook_points(self.subject).items()
+            for name, point in self.points.items()
             if name.startswith(f"{part.path}.")
             and not name.endswith((".hook_scale", ".hook_normalized"))
         }
@@ -86,7 +88,7 @@ def wired(adapter: Adapter, case: Case) -> Pair:
         subject.bridge.adapter.setup_component_testing(hf_model(case.model), subject.bridge)
     for each in (truth.model, subject.bridge):
         each.train(case.run.training)
-    return Pair(truth, subject, case)
+    return Pair(truth, subject, case, hook_points(subject))
 
 
 def drawn_parts(case: Case) -> list[Part]:
@@ -115,7 +117,7 @@ def _call(part: Part, module: Any, draw: Drawer) -> Call:
     "Each component alone, wired by setup_component_testing, on random inputs, gives the value of "
     "its Hugging Face module and the gradient of every input and parameter, in every dtype.",
     cases,
-    examples=0.4,
+    examples=0.35,
 )
 def alone(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """All but attention and block, which need more than a tensor; half of the cases with hooks."""
@@ -159,16 +161,19 @@ def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     examples=0.5,
 )
 def attention(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """The kind of mask is derived from the case; Hugging Face's module always gets an additive."""
+    """Each kind of mask in turn; Hugging Face's module gets what it means, additive."""
     pair, draw = wired(adapter, case), Drawer(case)
-    seen, kind = draw.seen(), case.run.token_seed // 2 % 3
-    if kind == 2:
-        seen = torch.ones_like(seen).tril()
-    additive = _additive(seen, draw.dtype)
-    theirs, ours = _calls(pair, draw, additive, (additive, seen, None)[kind])
-    for part in drawn_parts(case):
-        if part.path.endswith(".attn"):
-            yield from pair.gaps(part, ours, theirs, cached=case.run.use_cache)
+    (part,) = (part for part in drawn_parts(case) if part.path.endswith(".attn"))
+    seen = draw.seen()
+    drawn, causal = (_additive(each, draw.dtype) for each in (seen, torch.ones_like(seen).tril()))
+    calls = _calls(pair, draw, drawn, seen, causal, None)
+    for kind, (ours, theirs) in {
+        "an additive mask": (calls[0], calls[0]),
+        "a boolean mask": (calls[1], calls[0]),
+        "no mask": (calls[3], calls[2]),
+    }.items():
+        for gap in pair.gaps(part, ours, theirs, cached=case.run.use_cache):
+            yield replace(gap, site=f"{gap.site}, {kind}")
 
 
 @check(
@@ -176,12 +181,11 @@ def attention(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "A block alone gives the output, cached keys and values and gradients of its Hugging Face "
     "module, in every dtype, in chunks over a cache, with dropout in training.",
     cases,
-    examples=0.3,
+    examples=0.25,
 )
 def block(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Called as a model calls it, by keywords."""
     pair, draw = wired(adapter, case), Drawer(case)
     (calls,) = _calls(pair, draw, _additive(draw.seen(), draw.dtype))
-    for part in drawn_parts(case):
-        if _is_block(part):
-            yield from pair.gaps(part, calls, cached=case.run.use_cache)
+    (part,) = (part for part in drawn_parts(case) if _is_block(part))
+    yield from pair.gaps(part, calls, cached=case.run.use_cache)

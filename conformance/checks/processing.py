@@ -166,7 +166,7 @@ def _taken_over(subject: Subject, case: Case) -> tuple[Subject, Subject]:
     "In compatibility mode accessors, forward and backward are those of a Hugging Face model that "
     "has the processed weights, bit for bit.",
     shaped_processed_cases,
-    examples=0.4,
+    examples=0.3,
 )
 def forward(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The weights come out of the bridge's own state dict, into a fresh model."""

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
@@ -47,7 +48,7 @@ def _other(case: Case) -> ModelSpec:
     "A bridge's state dict has Hugging Face's tensors, shared and not copied, each once under its "
     "own name, and an unembedding's bias of zeros; forwards and flags change nothing of it.",
     cases,
-    examples=0.3,
+    examples=0.2,
 )
 def names(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Read before and after; the adapter itself gives the same names for Hugging Face's."""
@@ -86,16 +87,19 @@ def names(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield replace(gap, site=f"{gap.site} after forwards")
 
 
-def _raw(bridge: Any) -> State:
-    """A state dict of the wrapped model: every name that a tensor has in the module tree."""
-    found: State = bridge.original_model.state_dict()
+def _wrapped(bridge: Any, way: str) -> State:
+    """A state dict with every name that a tensor has in the module tree."""
+    around = nn.ModuleDict({"bridge": bridge})
+    module = around if way == "a module around" else bridge.original_model
+    found: State = module.state_dict()
     return found
 
 
 @check(
     "states.loading",
     "A bridge takes a whole state dict under TransformerLens', Hugging Face's or its own wrapped "
-    "model's names, copied or assigned, strictly, and then is the model that it came from.",
+    "model's names, copied or assigned, strictly, or inside of another module, and then is the "
+    "model that it came from.",
     cases,
     examples=0.4,
 )
@@ -106,13 +110,16 @@ def loading(adapter: Adapter, case: Case) -> Iterator[Gap]:
     subject = bridged(_other(case), adapter, prepared=case.run.prepared)
     bridge: Any = subject.bridge
     saved = truth.model.state_dict()
-    assign = bool(seed & 1)
+    ways = ("TransformerLens", "Hugging Face", "the wrapped model", "a module around")
+    way = ways[seed // 16 % 4]
+    # PyTorch's own assignment, which a module around does, unties also Hugging Face's model.
+    assign = bool(seed & 1) and way != "a module around"
     if not assign and seed & 2:
         # Whatever its dtype, it is cast to the model's, as Hugging Face does.
         another = getattr(torch, DTYPES[seed // 4 % len(DTYPES)])
         saved = {name: tensor.to(another) for name, tensor in saved.items()}
         truth.model.load_state_dict(saved)
-    way = ("TransformerLens", "Hugging Face", "the wrapped model")[seed // 16 % 3]
+    holder = nn.ModuleDict({"bridge": bridge}) if way == "a module around" else bridge
     state: dict[str, Any]
     if way == "Hugging Face":
         state = saved
@@ -121,13 +128,13 @@ def loading(adapter: Adapter, case: Case) -> Iterator[Gap]:
         state["unembed.bias"] = saved["lm_head.weight"].new_zeros(model.vocab_size)
     else:
         source = bridged(model, adapter, prepared=case.run.prepared)
-        with at_work("the wrapped model's state dict"):
-            state = _raw(source.bridge)
+        with at_work(f"reading the state dict of {way}"):
+            state = _wrapped(source.bridge, way)
         state = {name: tensor.to(saved["lm_head.weight"].dtype) for name, tensor in state.items()}
     state = {name: tensor.clone() for name, tensor in state.items()}
     stage = f" from {way}'s names, assign={assign}"
     with at_work(f"load_state_dict{stage}"):
-        result = bridge.load_state_dict(state, assign=assign)
+        result = holder.load_state_dict(state, assign=assign)
     for kind in ("missing_keys", "unexpected_keys"):
         if getattr(result, kind):
             yield Gap(f"{kind}{stage}", "contract", f"{getattr(result, kind)} though all is there")
@@ -178,7 +185,7 @@ def _refused(load: Callable[[], Any]) -> str | None:
     "A state dict with a key missing or too many, or with a wrong shape, is refused with an error "
     "that names it and changes nothing; what is not strict takes the rest, and says what it lacks.",
     cases,
-    examples=0.3,
+    examples=0.2,
 )
 def refused(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The key is derived from the case; every other tensor in the state dict is a new one."""
