@@ -117,7 +117,7 @@ def _call(part: Part, module: Any, draw: Drawer) -> Call:
     "Each component alone, wired by setup_component_testing, on random inputs, gives the value of "
     "its Hugging Face module and the gradient of every input and parameter, in every dtype.",
     cases,
-    examples=0.35,
+    examples=0.5,
 )
 def alone(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """All but attention and block, which need more than a tensor; half of the cases with hooks."""
@@ -181,7 +181,7 @@ def attention(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "A block alone gives the output, cached keys and values and gradients of its Hugging Face "
     "module, in every dtype, in chunks over a cache, with dropout in training.",
     cases,
-    examples=0.25,
+    examples=0.3,
 )
 def block(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Called as a model calls it, by keywords."""

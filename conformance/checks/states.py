@@ -185,7 +185,7 @@ def _refused(load: Callable[[], Any]) -> str | None:
     "A state dict with a key missing or too many, or with a wrong shape, is refused with an error "
     "that names it and changes nothing; what is not strict takes the rest, and says what it lacks.",
     cases,
-    examples=0.2,
+    examples=0.3,
 )
 def refused(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The key is derived from the case; every other tensor in the state dict is a new one."""

@@ -113,7 +113,7 @@ def constructor(adapter: Adapter, case: Case) -> Iterator[Gap]:
     with at_work("reading the component map"):
         mapped, twin = _mapped(made.get_component_mapping()), _mapped(other.component_mapping)
     due_paths = _template_paths()
-    for path in due_paths.keys() | mapped.keys():
+    for path in dict.fromkeys((*due_paths, *mapped)):
         if path not in mapped or path not in due_paths:
             kind = "missing" if path not in mapped else "extra"
             yield Gap(path, kind, "in the component map")

@@ -108,7 +108,7 @@ def _surroundings(subject: Subject, model: ModelSpec) -> dict[str, Any]:
     "and to the adapter's template, forces eager attention, works without a bridge and twice, and "
     "changes nothing else: a later forward is what it was.",
     wide_cases,
-    examples=0.15,
+    examples=0.2,
 )
 def wiring(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The model given is another one, with a rotation of its own and another attention."""
