@@ -18,6 +18,7 @@ from adapter.configuration import tell_the_truth
 from adapter.mlp import BranchLinearBridge, OlmoMLPBridge, OutputLinearBridge
 from adapter.normalization import OlmoLayerNormBridge
 from adapter.rotary import OlmoRotaryEmbeddingBridge
+from adapter.state import ExactStateDict
 from adapter.unembedding import OlmoUnembeddingBridge
 
 OPTIONAL_PARAMETERS: tuple[str, ...] = (
@@ -121,6 +122,10 @@ class OlmoArchitectureAdapter(ArchitectureAdapter):
         tell_the_truth(bridge)
         for block in bridge.blocks:
             block.attn.set_rotary_emb(bridge.rotary_emb)
+
+    def preprocess_weights(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Keep a float64 model's weights in float64."""
+        return ExactStateDict(super().preprocess_weights(state_dict))
 
     def postprocess_weights(self, bridge: TransformerBridge) -> None:
         """Follow the weights: processing unties the unembedding from the embedding."""

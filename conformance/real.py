@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import OlmoForCausalLM
 
 from conformance.checks.registry import Adapter
-from conformance.checks.support import has_exact_patch
+from conformance.checks.support import has_exact
 from conformance.compare import Gap, compare_firing
 from conformance.inputs import PROBE_SCALE
 from conformance.observe import canonical_points
@@ -289,7 +289,7 @@ def judge_model(
 
     parameters = judged.trained()
     made = make_adapter(adapter, model)
-    if clamps and has_exact_patch(adapter):
+    if clamps and has_exact(adapter):
         with at_work("a model patched with exact_clip=True"):
             made.prepare_model(model, exact_clip=True)  # type: ignore[call-arg]
             compared = _Comparison("patched", witness, sites, report)

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import has_exact_patch
+from conformance.checks.support import has_exact
 from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values
 from conformance.inputs import inputs
 from conformance.observe import Observation, observe, sites_of, watched
@@ -23,7 +23,7 @@ def built(adapter: Adapter, case: Case) -> dict[str, Subject]:
         "reference": reference(case.model),
         "bridged": bridged(case.model, adapter, prepared=case.run.prepared),
     }
-    if has_exact_patch(adapter):
+    if has_exact(adapter):
         found["patched"] = patched(case.model, adapter, exact_clip=True)
     return found
 

@@ -30,6 +30,7 @@ CRASHES = {
     "clamp.in_place",
     "patch.no_clone",
     "state.biases_required",
+    "states.lens_names_only",
 }
 
 Snapshot = dict[tuple[Any, str], Any]

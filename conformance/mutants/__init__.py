@@ -1,8 +1,10 @@
 """Deliberately broken bridges, each with the check that must kill it."""
 
 from conformance.mutants import (
+    accessors,
     attention,
     clamp,
+    components,
     gradients,
     hooks,
     layernorm,
@@ -10,6 +12,8 @@ from conformance.mutants import (
     patch,
     rotary,
     sites,
+    states,
+    surface,
     weights,
 )
 from conformance.mutants.catalogue import CATALOGUE, Mutant
@@ -19,8 +23,10 @@ __all__ = [
     "CATALOGUE",
     "Kill",
     "Mutant",
+    "accessors",
     "attention",
     "clamp",
+    "components",
     "gradients",
     "hooks",
     "kill",
@@ -29,5 +35,7 @@ __all__ = [
     "patch",
     "rotary",
     "sites",
+    "states",
+    "surface",
     "weights",
 ]
