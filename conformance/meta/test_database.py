@@ -94,7 +94,7 @@ def redis(tmp_path: Path) -> Iterator[str]:
 def test_a_redis_keeps_a_failure_for_other_processes(redis: str, tmp_path: Path) -> None:
     assert first_tried(redis, tmp_path) < 10**6  # nothing is known yet
     assert first_tried(redis, tmp_path) == 10**6  # the shrunk failure, first of all
-    assert not (tmp_path / ".hypothesis").exists()
+    assert not (tmp_path / ".hypothesis" / "examples").exists()
 
 
 def test_a_folder_does_too(tmp_path: Path) -> None:
