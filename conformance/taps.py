@@ -140,8 +140,7 @@ class Taps(TorchFunctionMode):
     ) -> Any:
         """Show the clamp's result, the softmax's argument and the dropout's result."""
         inside = self._attention
-        if inside is None:
-            return func(*args, **(kwargs or {}))
+        assert inside is not None, "on only while an attention runs"
         if func is torch.nn.functional.softmax:
             args = (self.through(inside, Port.SCORES, args[0]), *args[1:])
         result = func(*args, **(kwargs or {}))
@@ -152,10 +151,20 @@ class Taps(TorchFunctionMode):
             result.copy_(self.through(next(self._clipped), Port.CLIPPED, result.clone()))
         return result
 
+    def _off(self) -> None:
+        """No more of an attention's functions are seen, whether it came to its end or raised."""
+        if self._attention is not None:
+            self._attention = None
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
     def _enter(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             if (name, Port.COS) in self._ports:
+                # From here to the module's end, also where checkpointing computes it again: in the
+                # midst of a backward, during which a mode that was on before is off.
+                self._off()
                 self._attention = name
+                self.__enter__()  # type: ignore[no-untyped-call]
                 self._clipped = (f"{name}.{letter}_proj" for letter in "qkv")
                 cos, sin = kwargs["position_embeddings"]
                 rotated = self.through(name, Port.COS, cos), self.through(name, Port.SIN, sin)
@@ -170,7 +179,7 @@ class Taps(TorchFunctionMode):
     def _leave(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if name == self._attention:
-                self._attention = None
+                self._off()
             if isinstance(output, tuple):
                 first = self.through(name, Port.FIRST, output[0])
                 second = output[1]
@@ -212,5 +221,5 @@ class Taps(TorchFunctionMode):
             stack.callback(self._model.set_attn_implementation, before)  # type: ignore[arg-type]
             token = _ACTIVE.set(self)
             stack.callback(_ACTIVE.reset, token)
-            stack.enter_context(self)
+            stack.callback(self._off)
             yield
