@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import nn
 from transformer_lens.hook_points import HookPoint
 from transformers import DynamicCache
 
@@ -35,6 +36,7 @@ class Observation:
         parameter_gradients: By Hugging Face's parameter names; None where there is none.
         fired: Every firing of a forward hook, in order, repetitions included.
         fired_backward: Every firing of a backward hook, in order.
+        random_state: PyTorch's random state after the last forward.
     """
 
     logits: torch.Tensor
@@ -43,6 +45,7 @@ class Observation:
     parameter_gradients: Mapping[str, torch.Tensor | None] = field(default_factory=dict)
     fired: tuple[str, ...] = ()
     fired_backward: tuple[str, ...] = ()
+    random_state: torch.Tensor | None = None
 
 
 class Recorder:
@@ -56,6 +59,7 @@ class Recorder:
         self.gradients: dict[str, torch.Tensor] = {}
         self.fired: list[str] = []
         self.fired_backward: list[str] = []
+        self.random_state: torch.Tensor | None = None
 
     def edit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor that the run's edit of a site leaves; the same object if there is none."""
@@ -132,15 +136,22 @@ def _hooked(subject: Subject, recorder: Recorder, backward: frozenset[str]) -> I
             point.remove_hooks("both")
 
 
-def _call(subject: Subject, given: Mapping[str, Any]) -> torch.Tensor:
-    """One forward: the logits ``[batch, pos, d_vocab]``."""
-    if subject.bridge is None:
-        logits: torch.Tensor = subject.model(**given).logits
-        return logits
-    rest = dict(given)
-    tokens = rest.pop("input_ids")
-    bridged: torch.Tensor = subject.bridge(tokens, return_type="logits", **rest)
-    return bridged
+def module_of(subject: Subject) -> nn.Module:
+    """What is called: the bridge, or the Hugging Face model."""
+    return subject.bridge if subject.bridge is not None else subject.model
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The logits in what a subject's module returns, ``[batch, pos, d_vocab]``."""
+    logits: torch.Tensor = getattr(output, "logits", output)
+    return logits
+
+
+def arguments(subject: Subject, case: Case) -> dict[str, Any]:
+    """The keyword arguments of a forward that a subject's module is given the whole input in."""
+    plain = replace(case, run=replace(case.run, chunks=1))
+    (given,) = _chunks(subject, plain, inputs(case))
+    return given
 
 
 def _chunks(subject: Subject, case: Case, data: Inputs) -> Iterator[dict[str, Any]]:
@@ -155,10 +166,11 @@ def _chunks(subject: Subject, case: Case, data: Inputs) -> Iterator[dict[str, An
     elif run.chunks > 1:
         cache = DynamicCache(config=subject.model.config)
     for start, stop in pairwise(bounds):
-        given: dict[str, Any] = {
-            "input_ids": data.tokens[:, start:stop],
-            "use_cache": run.use_cache,
-        }
+        given: dict[str, Any] = {"use_cache": run.use_cache}
+        if subject.bridge is None:
+            given["input_ids"] = data.tokens[:, start:stop]
+        else:
+            given |= {"input": data.tokens[:, start:stop], "return_type": "logits"}
         positions = data.position_ids
         if data.attention_mask is not None:
             given["attention_mask"] = data.attention_mask[:, :stop]
@@ -174,13 +186,14 @@ def _chunks(subject: Subject, case: Case, data: Inputs) -> Iterator[dict[str, An
 
 def run_forward(subject: Subject, case: Case, data: Inputs, recorder: Recorder) -> torch.Tensor:
     """All forwards of a run, from equal random states: the logits ``[batch, pos, d_vocab]``."""
-    module = subject.bridge if subject.bridge is not None else subject.model
+    module = module_of(subject)
     module.train(case.run.training)
     pieces = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(case.run.token_seed)
         for recorder.chunk, given in enumerate(_chunks(subject, case, data)):
-            pieces.append(_call(subject, given))
+            pieces.append(logits_of(module(**given)))
+        recorder.random_state = torch.get_rng_state()
     return torch.cat(pieces, dim=1)
 
 
@@ -238,6 +251,7 @@ def observe(
         gradients if backward else {},
         tuple(recorder.fired),
         tuple(recorder.fired_backward),
+        recorder.random_state,
     )
 
 
