@@ -99,11 +99,11 @@ def modes(adapter: Adapter, case: Case) -> Iterator[Gap]:
         elif mode == "checkpointing":
             checkpoint(truth, case)
         with short:
-            expected = observe(truth, case, sites=sites)
-            bare, hooked = observe(subject, case), observe(subject, case, sites=sites)
+            due, bare = observe(truth, case), observe(subject, case)
+            expected, actual = (observe(each, case, sites=sites) for each in (truth, subject))
         name = f"{label}, {mode}"
-        yield from labelled(name, _everything(expected, hooked, sites))
-        yield from labelled(f"{name}, bare", compare_parameters(expected, bare))
+        yield from labelled(name, _everything(expected, actual, sites))
+        yield from labelled(f"{name}, bare", compare_parameters(due, bare))
 
 
 THREADS, CALLS = 4, 8
