@@ -95,7 +95,7 @@ def _watched(
     "Hessian-vector products through the logits, clamp and all, are the reference's for every "
     "parameter, bare and with forward and backward hooks on every site.",
     bent_cases,
-    examples=0.3,
+    examples=0.25,
 )
 def second(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The hooks inside of the LayerNorms are left out: they have a check of their own."""
@@ -203,7 +203,7 @@ def _leaves(result: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
     "compositions give the reference's results, wherever Hugging Face's model allows them, with "
     "forward hooks on and an edit in one of them.",
     transformed_cases,
-    examples=0.2,
+    examples=0.15,
 )
 def transformed(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """No backward hooks: PyTorch's own cannot be transformed, on Hugging Face's model neither."""

@@ -84,7 +84,7 @@ def freeze(subject: Subject, case: Case) -> Subject:
     "remain, at the hooks too, are the reference's, under checkpointing as well, and there is no "
     "other.",
     lambda: cases(models=model_specs(dropouts=DROPS)),
-    examples=0.4,
+    examples=0.35,
 )
 def frozen(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """By the bridge's own handles, then bare and with everything hooked."""

@@ -83,7 +83,7 @@ def _clear_of_the_kink(function: Callable[..., Any], case: Case, weights: Any) -
     "In float64 and away from the clamp's kink the bridge's projections, clamp and rotation have "
     "the slopes that difference quotients have, backwards, forwards and of second order.",
     smooth_cases,
-    examples=0.2,
+    examples=0.15,
 )
 def quotients(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Not beyond them: Hugging Face computes LayerNorm and softmax in float32."""

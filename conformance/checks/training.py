@@ -172,7 +172,7 @@ def _what_is_trained(subject: Subject) -> Iterator[Gap]:
     "embeddings, a frozen part, dropout and hooks looking on, give the reference's losses and "
     "weights after every step; so does the model patched exactly.",
     training_cases,
-    examples=0.2,
+    examples=0.15,
 )
 def steps(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Then what the bridge's state dict saves is what was trained."""
@@ -206,7 +206,7 @@ def steps(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "Gradients accumulate over micro-batches and zero_grad() of the bridge clears them as those of "
     "the reference, to the same losses and weights.",
     training_cases,
-    examples=0.15,
+    examples=0.1,
 )
 def accumulation(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Three steps of two micro-batches."""

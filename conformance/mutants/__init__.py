@@ -3,13 +3,16 @@
 from conformance.mutants import (
     attention,
     clamp,
+    derivatives,
     gradients,
     hooks,
     layernorm,
     mlp,
+    modes,
     patch,
     rotary,
     sites,
+    training,
     weights,
 )
 from conformance.mutants.catalogue import CATALOGUE, Mutant
@@ -21,13 +24,16 @@ __all__ = [
     "Mutant",
     "attention",
     "clamp",
+    "derivatives",
     "gradients",
     "hooks",
     "kill",
     "layernorm",
     "mlp",
+    "modes",
     "patch",
     "rotary",
     "sites",
+    "training",
     "weights",
 ]
