@@ -89,9 +89,7 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
         key = repeat_kv(key, hf.num_key_value_groups)
         value = repeat_kv(value, hf.num_key_value_groups)
         scores = torch.matmul(query, key.transpose(2, 3)) * hf.scaling
-        scores = self._apply_reconstruct_attention_mask(
-            scores, kwargs.get("attention_mask"), key.shape[-2], query.shape[-2]
-        )
+        scores = self._masked(scores, kwargs.get("attention_mask"))
         pattern = self._pattern_of(self.hook_attn_scores(scores), query.dtype)
         pattern = dropout(pattern, p=hf.attention_dropout, training=self.training)
         # Softmax needs its output for its gradient, whatever a hook does to it in place.
@@ -179,6 +177,18 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
             self.hook_cos(isolated(cos, self.hook_cos)),
             self.hook_sin(isolated(sin, self.hook_sin)),
         )
+
+    def _masked(self, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Masked scores, ``[batch, head, query, key]``, in the wider dtype of scores and mask.
+
+        So Hugging Face adds them. Under autocast the scores are short and the mask is not: its
+        lowest number is -inf in a shorter dtype, and a query that sees no key would get NaN.
+        """
+        if mask is not None and mask.is_floating_point():
+            scores = scores.to(torch.promote_types(scores.dtype, mask.dtype))
+        queries, keys = scores.shape[-2:]
+        masked: torch.Tensor = self._apply_reconstruct_attention_mask(scores, mask, keys, queries)
+        return masked
 
     def _pattern_of(self, scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Softmax over keys in float32, then the model's dtype, ``[batch, head, query, key]``.

@@ -1,9 +1,11 @@
-"""Weight processing that never changes what the model computes."""
+"""What OLMo's bridge does otherwise than TransformerLens': weight processing, and compilation."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
+
+import torch
 
 from adapter.state import WholeStateBridge
 
@@ -14,6 +16,11 @@ class OlmoTransformerBridge(WholeStateBridge):
     TransformerLens decides about weight processing in the bridge and tells an architecture adapter
     neither what was asked nor early enough to say no, so the adapter gives its bridges this class.
     """
+
+    # Hooks are Python that comes and goes between two calls. Traced, every one of them breaks the
+    # graph, a change of them compiles anew, and an older PyTorch fails at it. So torch.compile
+    # leaves a bridge as it is: a compiled one runs eagerly, hooks and all.
+    forward = torch.compiler.disable(WholeStateBridge.forward)  # type: ignore[no-untyped-call]
 
     def enable_compatibility_mode(
         self,

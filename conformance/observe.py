@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
@@ -36,6 +37,7 @@ class Observation:
         parameter_gradients: By Hugging Face's parameter names; None where there is none.
         fired: Every firing of a forward hook, in order, repetitions included.
         fired_backward: Every firing of a backward hook, in order.
+        random_state: PyTorch's random state after the last forward.
     """
 
     logits: torch.Tensor
@@ -44,10 +46,19 @@ class Observation:
     parameter_gradients: Mapping[str, torch.Tensor | None] = field(default_factory=dict)
     fired: tuple[str, ...] = ()
     fired_backward: tuple[str, ...] = ()
+    random_state: torch.Tensor | None = None
 
 
 class Recorder:
-    """Collects what the sites show while a subject runs, and performs the run's edits there."""
+    """Collects what the sites show while a subject runs, and performs the run's edits there.
+
+    Args:
+        hooking: Get gradients by hooks on a Hugging Face model's tensors and a plain backward:
+            checkpointing refuses to be asked for those of tensors.
+    """
+
+    def __init__(self, *, hooking: bool = False) -> None:
+        self._hooking = hooking
 
     def begin(self, case: Case) -> None:
         """Forget the last run."""
@@ -59,6 +70,7 @@ class Recorder:
         self.fired: list[str] = []
         self.fired_backward: list[str] = []
         self.differentiable: dict[str, tuple[torch.Tensor, Turn]] = {}
+        self.random_state: torch.Tensor | None = None
 
     def value(self, name: str, tensor: torch.Tensor) -> None:
         """Keep a site's tensor; it must be nobody else's to change."""
@@ -75,15 +87,23 @@ class Recorder:
     def see(self, name: str, value: torch.Tensor, source: torch.Tensor, turn: Turn) -> None:
         """Keep a site's value, and where its gradient comes from."""
         self.value(name, value)
-        if source.requires_grad and self.backward:
+        self._differentiate(name, source, turn)
+
+    def _differentiate(self, name: str, source: torch.Tensor, turn: Turn) -> None:
+        if not (source.requires_grad and self.backward):
+            return
+        if self._hooking:
+            source.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: self.gradient(name, turn(gradient).detach().clone())
+            )
+        else:
             self.differentiable[name] = source, turn
 
     def visit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Edit and keep a tensor of a tapped Hugging Face model (see `conformance.taps`)."""
         tensor = edited(self.edits[name], tensor)
         self.value(name, tensor.detach())
-        if tensor.requires_grad and self.backward:
-            self.differentiable[name] = tensor, _same
+        self._differentiate(name, tensor, _same)
         return tensor
 
 
@@ -146,15 +166,22 @@ def _hooked(
             point.remove_hooks("both")
 
 
-def _call(subject: Subject, given: Mapping[str, Any]) -> torch.Tensor:
-    """One forward: the logits ``[batch, pos, d_vocab]``."""
-    if subject.bridge is None:
-        logits: torch.Tensor = subject.model(**given).logits
-        return logits
-    rest = dict(given)
-    tokens = rest.pop("input_ids")
-    bridged: torch.Tensor = subject.bridge(tokens, return_type="logits", **rest)
-    return bridged
+def module_of(subject: Subject) -> nn.Module:
+    """What is called: the bridge, or the Hugging Face model."""
+    return subject.bridge if subject.bridge is not None else subject.model
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The logits in what a subject's module returns, ``[batch, pos, d_vocab]``."""
+    logits: torch.Tensor = getattr(output, "logits", output)
+    return logits
+
+
+def arguments(subject: Subject, case: Case) -> dict[str, Any]:
+    """The keyword arguments of a forward that a subject's module is given the whole input in."""
+    plain = replace(case, run=replace(case.run, chunks=1))
+    (given,) = _chunks(subject, plain, inputs(case), None)
+    return given
 
 
 def _chunks(
@@ -171,10 +198,11 @@ def _chunks(
     elif run.chunks > 1:
         cache = DynamicCache(config=subject.model.config)
     for start, stop in pairwise(bounds):
-        given: dict[str, Any] = {
-            "input_ids": data.tokens[:, start:stop],
-            "use_cache": run.use_cache,
-        }
+        given: dict[str, Any] = {"use_cache": run.use_cache}
+        if subject.bridge is None:
+            given["input_ids"] = data.tokens[:, start:stop]
+        else:
+            given |= {"input": data.tokens[:, start:stop], "return_type": "logits"}
         positions = data.position_ids
         if data.attention_mask is not None:
             given["attention_mask"] = data.attention_mask[:, :stop]
@@ -186,6 +214,14 @@ def _chunks(
         if cache is not None:
             given["past_key_values"] = cache
         yield given
+
+
+def _in_mode(subject: Subject, case: Case) -> nn.Module:
+    """What is called, in the run's mode. Setting the mode walks through all modules."""
+    module = module_of(subject)
+    if module.training != case.run.training:
+        module.train(case.run.training)
+    return module
 
 
 @contextmanager
@@ -206,13 +242,12 @@ def run_forward(
     subject: Subject, case: Case, data: Inputs, recorder: Recorder, taps: Taps | None = None
 ) -> torch.Tensor:
     """All forwards of a run, from equal random states: the logits ``[batch, pos, d_vocab]``."""
-    module = subject.bridge if subject.bridge is not None else subject.model
-    if module.training != case.run.training:
-        module.train(case.run.training)
+    module = _in_mode(subject, case)
     pieces = []
     with _random_state(case.run.token_seed):
         for recorder.chunk, given in enumerate(_chunks(subject, case, data, taps)):
-            pieces.append(_call(subject, given))
+            pieces.append(logits_of(module(**given)))
+        recorder.random_state = torch.default_generator.get_state()
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
@@ -227,7 +262,7 @@ def _gradients(
     seed, parameters = probe.to(logits.dtype), subject.parameters
     if not logits.requires_grad:  # a replaced output has no gradient to send back
         return dict.fromkeys(parameters)
-    if subject.bridge is not None and not recorder.differentiable:
+    if not recorder.differentiable:
         logits.backward(seed)  # type: ignore[no-untyped-call]
         found = {
             name: None if parameter.grad is None else parameter.grad.clone()
@@ -250,14 +285,12 @@ def _gradients(
 
 def plain_run(subject: Subject, case: Case, data: Inputs) -> Callable[[], None]:
     """A bare forward and backward, with nothing observed, ready to be called."""
-    module = subject.bridge if subject.bridge is not None else subject.model
-    if module.training != case.run.training:
-        module.train(case.run.training)
+    module = _in_mode(subject, case)
     given = list(_chunks(subject, case, data, None))
     probe = data.probe
 
     def run() -> None:
-        pieces = [_call(subject, each) for each in given]
+        pieces = [logits_of(module(**each)) for each in given]
         logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         logits.backward(probe.to(logits.dtype))  # type: ignore[no-untyped-call]
 
@@ -294,7 +327,8 @@ def watched(
         A function that runs a case on the subject, given the case's inputs. The case's model must
         be the subject's: it is not looked at again.
     """
-    recorder = Recorder()
+    checkpointed = getattr(subject.model.model, "gradient_checkpointing", False)
+    recorder = Recorder(hooking=bool(checkpointed))
     around: Any = nullcontext()
     taps: Taps | None = None
     if sites is not None and subject.bridge is not None:
@@ -323,6 +357,7 @@ def watched(
             gradients,
             tuple(recorder.fired),
             tuple(recorder.fired_backward),
+            recorder.random_state,
         )
 
     with around:
@@ -341,6 +376,8 @@ def observe(
 
     See `watched` for the arguments.
     """
+    if case.run.chunks > 1:  # a backward hook would not know which forward it is of
+        gradients_at = ()
     with watched(
         subject, case.model.d_head, sites=sites, backward=backward, gradients_at=gradients_at
     ) as look:

@@ -4,8 +4,10 @@ Module inputs and outputs are reached through PyTorch's own hooks. What happens 
 reached through Hugging Face's public registries (the attention function and its mask), a `Cache`
 subclass, and a `TorchFunctionMode` that sees the softmax, the dropout and the in-place clamp as
 they are called. That mode costs something at every call, so it is on between the last projection
-and the attention function, if there is a clamp, and inside that function. No line of the model's
-code is copied, and a tapped model computes bit for bit what the bare one does, gradients included.
+and the attention function, if there is a clamp, and inside that function; then it is also on where
+checkpointing computes a layer again, in the midst of a backward, during which a mode that was on
+before is off. No line of the model's code is copied, and a tapped model computes bit for bit what
+the bare one does, gradients included.
 """
 
 from __future__ import annotations

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,12 +13,53 @@ from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapt
 
 from conformance.checks.registry import Adapter
 from conformance.compare import Gap, compare_tensors
-from conformance.observe import observe
-from conformance.sites import observable
+from conformance.observe import arguments, logits_of, module_of, observe, sites_of
+from conformance.sites import Site, observable
 from conformance.spec import Case
-from conformance.subjects import reference
+from conformance.subjects import Subject, at_work, reference
 from conformance.tolerance import exactly
 from conformance.verdict import NotApplicable
+
+
+def bitwise(
+    name: str, due: torch.Tensor, got: torch.Tensor, *, kind: str = "value"
+) -> Iterator[Gap]:
+    """The gap between two tensors that may not differ at all, if there is one."""
+    gap = compare_tensors(name, due, got, exactly(due.dtype), kind=kind)
+    yield from [gap] if gap else []
+
+
+def labelled(label: str, gaps: Iterable[Gap]) -> Iterator[Gap]:
+    """The same gaps, with what they were found in told first."""
+    for gap in gaps:
+        yield replace(gap, site=f"{label}: {gap.site}")
+
+
+def blaming(subject: Subject, stage: str) -> AbstractContextManager[None]:
+    """Blame a subject under test for what is raised in here; the reference's errors are ours."""
+    return at_work(stage) if subject.under_test else nullcontext()
+
+
+def in_one_forward(case: Case) -> Case:
+    """The same case with its whole input fed at once."""
+    return replace(case, run=replace(case.run, chunks=1))
+
+
+def sites_to_hook(subject: Subject, case: Case) -> dict[str, Site]:
+    """Sites to hook backwards too: all but those inside of the LayerNorms, which have checks."""
+    return {name: site for name, site in sites_of(subject, case).items() if not site.derived}
+
+
+def forward_as_it_is(subject: Subject, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward in the mode, with the hooks and under the gradient that the subject is now.
+
+    Returns:
+        The logits, ``[batch, pos, d_vocab]``, and PyTorch's random state after the forward.
+    """
+    given = arguments(subject, case)
+    with torch.random.fork_rng(devices=[]), blaming(subject, "a forward"):
+        torch.manual_seed(case.run.token_seed)
+        return logits_of(module_of(subject)(**given)), torch.get_rng_state()
 
 
 def needs_patch(adapter: Adapter, *, exact: bool = False) -> None:

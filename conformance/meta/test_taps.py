@@ -251,6 +251,28 @@ def test_every_site_fires_once_a_forward_in_order(chunks: int) -> None:
     assert fired == expected
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("site", ["attn.hook_q_clipped", "attn.hook_pattern", "mlp.hook_in"])
+def test_what_checkpointing_computes_again_is_tapped_too(site: str, reentrant: bool) -> None:
+    case = dataclasses.replace(
+        ODD,
+        model=dataclasses.replace(ODD.model, attention_dropout=0.5),
+        run=dataclasses.replace(ODD.run, training=True),
+    )
+    case = with_edits(case, Edit(site=f"blocks.1.{site}", kind="noise"))
+    subject = reference(case.model)
+    subject.model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
+        {"use_reentrant": reentrant}
+    )
+    seen = observe(subject, case, sites=all_sites(case.model))
+    assert seen.fired.count(f"blocks.1.{site}") == 2
+    plain = tapped(case)
+    same(plain, seen)
+    assert all(torch.equal(value, seen.values[name]) for name, value in plain.values.items())
+    assert all(torch.equal(value, seen.gradients[name]) for name, value in plain.gradients.items())
+
+
 class TestLeavesNoTrace:
     """After a run the model is as it was, whether the run ended well or not."""
 
