@@ -15,6 +15,7 @@ from adapter.block import OlmoBlockBridge
 from adapter.clip import patch_clip
 from adapter.compatibility import OlmoTransformerBridge
 from adapter.configuration import tell_the_truth
+from adapter.hooks import adopt
 from adapter.mlp import BranchLinearBridge, OlmoMLPBridge, OutputLinearBridge
 from adapter.normalization import OlmoLayerNormBridge
 from adapter.rotary import OlmoRotaryEmbeddingBridge
@@ -119,6 +120,8 @@ class OlmoArchitectureAdapter(ArchitectureAdapter):
         if type(bridge) is TransformerBridge:
             bridge.__class__ = OlmoTransformerBridge
         tell_the_truth(bridge)
+        for point in bridge.hook_dict.values():
+            adopt(point)
         for block in bridge.blocks:
             block.attn.set_rotary_emb(bridge.rotary_emb)
 
