@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -67,10 +67,11 @@ class Recorder:
         self.fired.append(key)
         self.values[key] = tensor.detach().clone()
 
-    def gradient(self, name: str, tensor: torch.Tensor) -> None:
-        """Keep a site's gradient."""
+    def gradient(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Keep a site's gradient. What is returned takes its place; nothing of a plain recorder."""
         self.fired_backward.append(name)
         self.gradients[name] = tensor.detach().clone()
+        return None
 
     def visit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Edit and keep a tensor of a tapped Hugging Face model (see `conformance.taps`)."""
@@ -101,9 +102,9 @@ def _value_hook(recorder: Recorder, name: str) -> Callable[..., None]:
     return hook
 
 
-def _gradient_hook(recorder: Recorder, name: str) -> Callable[..., None]:
-    def hook(tensor: torch.Tensor, hook: HookPoint) -> None:
-        recorder.gradient(name, tensor)
+def _gradient_hook(recorder: Recorder, name: str) -> Callable[..., torch.Tensor | None]:
+    def hook(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor | None:
+        return recorder.gradient(name, tensor)
 
     return hook
 
@@ -172,13 +173,27 @@ def _chunks(subject: Subject, case: Case, data: Inputs) -> Iterator[dict[str, An
         yield given
 
 
-def run_forward(subject: Subject, case: Case, data: Inputs, recorder: Recorder) -> torch.Tensor:
-    """All forwards of a run, from equal random states: the logits ``[batch, pos, d_vocab]``."""
+def arguments(subject: Subject, case: Case, data: Inputs) -> dict[str, Any]:
+    """The keyword arguments of a run's only forward, but its tokens."""
+    (given,) = _chunks(subject, case, data)
+    del given["input_ids"]
+    return given
+
+
+@contextmanager
+def started(subject: Subject, case: Case) -> Iterator[None]:
+    """The mode and the random state that a run begins with."""
     module = subject.bridge if subject.bridge is not None else subject.model
     module.train(case.run.training)
-    pieces = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(case.run.token_seed)
+        yield
+
+
+def run_forward(subject: Subject, case: Case, data: Inputs, recorder: Recorder) -> torch.Tensor:
+    """All forwards of a run, from equal random states: the logits ``[batch, pos, d_vocab]``."""
+    pieces = []
+    with started(subject, case):
         for recorder.chunk, given in enumerate(_chunks(subject, case, data)):
             pieces.append(_call(subject, given))
     return torch.cat(pieces, dim=1)
@@ -191,6 +206,9 @@ def observe(
     sites: Mapping[str, Site] | None = None,
     backward: bool = True,
     gradients_at: frozenset[str] | None = None,
+    recorder: Recorder | None = None,
+    data: Inputs | None = None,
+    late: bool = False,
 ) -> Observation:
     """Run a subject forwards, and backwards if asked, and keep what it showed.
 
@@ -201,9 +219,12 @@ def observe(
             None records nothing: the bare model, with no hook of ours on it.
         backward: Send the probe back through the logits.
         gradients_at: Sites of a bridge to hook backwards; None hooks all of ``sites``.
+        recorder: What keeps and edits, if not a plain one.
+        data: What to feed; None draws it from the case.
+        late: Send the probe back when what records is off again.
     """
-    data = inputs(case)
-    recorder = Recorder(case)
+    data = data or inputs(case)
+    recorder = recorder or Recorder(case)
     around: Any = nullcontext()
     if sites is not None and subject.bridge is not None:
         wanted = frozenset(sites) if gradients_at is None else gradients_at
@@ -220,8 +241,11 @@ def observe(
             cached=case.run.use_cache,
         ).attached()
     blame = at_work("running") if subject.under_test else nullcontext()
-    with blame, torch.set_grad_enabled(backward), around:
+    with blame, torch.set_grad_enabled(backward), ExitStack() as stack:
+        stack.enter_context(around)
         logits = run_forward(subject, case, data, recorder)
+        if late:
+            stack.close()
         # A replaced output has no gradient to send back.
         if backward and logits.requires_grad:
             logits.backward(data.probe.to(logits.dtype))  # type: ignore[no-untyped-call]

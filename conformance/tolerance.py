@@ -175,3 +175,16 @@ def of_sum_by_head(expected: torch.Tensor) -> Allowance:
     """
     greatest = float(expected.abs().max()) if expected.numel() else 0.0
     return Allowance(0.0, 1e-3 * max(greatest, 1e-3), "summed by head: another order of summation")
+
+
+def of_product(size: torch.Tensor, dtype: torch.dtype) -> Allowance:
+    """The allowance of one head's share of an output, which Hugging Face never computes by itself.
+
+    Args:
+        size: The sum of the absolute values of its terms, which its rounding depends on.
+        dtype: Of the model. Products are added up in float32 at least, and rounded to it once.
+    """
+    eps = torch.finfo(dtype).eps
+    return Allowance(
+        eps, 4 * eps * _greatest(size), "one head's product, added up in its own order"
+    )

@@ -1,0 +1,126 @@
+"""What the checks of hooks share: ways to put hooks on a bridge, and what is left of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from transformer_lens.hook_points import HookPoint
+
+from conformance.compare import Gap
+from conformance.inputs import inputs
+from conformance.observe import arguments, hook_points, started
+from conformance.spec import Case
+from conformance.subjects import Subject, at_work
+
+WAYS = ("add_hook", "hooks", "run_with_hooks")
+
+Function = Callable[..., Any]
+# A name, or a filter of names, and the function that is put there.
+Pairs = list[tuple[Any, Function]]
+# What hangs on each module, as PyTorch and TransformerLens hold it.
+Attached = Mapping[str, tuple[int, ...]]
+
+_HELD = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def in_one_forward(case: Case) -> Case:
+    """The case with its sequence fed at once."""
+    return replace(case, run=replace(case.run, chunks=1))
+
+
+def run_hooked(
+    subject: Subject, case: Case, way: str, forward: Pairs, backward: Pairs
+) -> torch.Tensor:
+    """One forward and backward with hooks on a bridge, all of which are off afterwards.
+
+    Args:
+        subject: The bridge.
+        case: How to run it, in one chunk.
+        way: Of `WAYS`.
+        forward: Hooks of the forward.
+        backward: Hooks of the backward.
+
+    Returns:
+        The logits ``[batch, pos, d_vocab]``.
+    """
+    bridge = subject.bridge
+    assert bridge is not None
+    data = inputs(case)
+    given = arguments(subject, case, data)
+    call: Callable[..., torch.Tensor] = bridge
+    with at_work(way), ExitStack() as stack:
+        if way == "add_hook":
+            stack.callback(bridge.reset_hooks)
+            for asked, function in forward:
+                bridge.add_hook(asked, function)
+            for asked, function in backward:
+                bridge.add_hook(asked, function, dir="bwd")
+        elif way == "hooks":
+            stack.enter_context(bridge.hooks(fwd_hooks=forward, bwd_hooks=backward))
+        else:
+            call = partial(bridge.run_with_hooks, fwd_hooks=forward, bwd_hooks=backward)
+        with started(subject, case):
+            logits = call(data.tokens, return_type="logits", **given)
+        logits.backward(data.probe.to(logits.dtype))  # type: ignore[no-untyped-call]
+    return logits.detach()
+
+
+class Log:
+    """What hook functions were called with, each under a label of its own."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.told: dict[str, list[str]] = {}
+        self.tensors: dict[str, list[torch.Tensor]] = {}
+
+    def listener(self, label: str) -> Function:
+        """A hook function that writes down its calls and changes nothing."""
+        told, tensors = self.told.setdefault(label, []), self.tensors.setdefault(label, [])
+
+        def listen(tensor: torch.Tensor, hook: HookPoint) -> None:
+            self.order.append(label)
+            told.append(str(hook.name))
+            tensors.append(tensor.detach().clone())
+
+        return listen
+
+
+def settle(subject: Subject, case: Case) -> None:
+    """Let a bridge put up the listeners of its own, and Hugging Face those of its outputs.
+
+    Both do so once, in the first forward that needs them.
+    """
+    assert subject.bridge is not None
+    with at_work("a first forward"), torch.no_grad():
+        subject.bridge(inputs(case).tokens, output_attentions=True)
+
+
+def attached(subject: Subject) -> Attached:
+    """Every hook on every module of a bridge and of the model in it, in order."""
+    assert subject.bridge is not None
+    found: dict[str, tuple[int, ...]] = {}
+    for module_name, module in (
+        *subject.bridge.named_modules(),
+        *subject.model.named_modules(prefix="original_model"),
+    ):
+        for held in _HELD:
+            found[f"{module_name}.{held}"] = tuple(vars(module)[held])
+    for name, point in hook_points(subject).items():
+        for held in ("fwd_hooks", "bwd_hooks"):
+            found[f"{name}.{held}"] = tuple(id(handle) for handle in getattr(point, held))
+    return found
+
+
+def changes(before: Attached, after: Attached, when: str) -> Iterator[Gap]:
+    """A gap for each module that has lost a hook, or has one more than before."""
+    for name in before | after:
+        then, now = before.get(name, ()), after.get(name, ())
+        if then != now:
+            lost, left = len(set(then) - set(now)), len(set(now) - set(then))
+            detail = f"{when}: {lost} hooks lost, {left} left over"
+            yield Gap(name, "contract", detail if lost or left else f"{when}: in another order")
