@@ -188,3 +188,16 @@ def of_product(size: torch.Tensor, dtype: torch.dtype) -> Allowance:
     """
     eps = torch.finfo(dtype).eps
     return Allowance(eps, eps * _greatest(size), "a head's own product: another order of summation")
+
+
+def of_loss_gradient(dtype: torch.dtype, pairs: int) -> Allowance:
+    """The allowance of the gradient of a loss by the logits, each side having its own formula.
+
+    Args:
+        dtype: Of the logits, in which transformer_lens takes the log-softmax and its gradient.
+        pairs: How many predictions the loss is the mean of: each has its share of the gradient.
+            In ulp of a share and of the entry together the greatest error over 800 drawn cases was
+            0.8, in every dtype.
+    """
+    eps = torch.finfo(dtype).eps
+    return Allowance(2 * eps, 2 * eps / pairs, "the log-softmax and its gradient, by each formula")

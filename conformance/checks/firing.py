@@ -8,7 +8,15 @@ from functools import partial
 import torch
 from hypothesis.strategies import SearchStrategy
 
-from conformance.checks.hooking import WAYS, Log, Pairs, in_one_forward, run_hooked
+from conformance.checks.hooking import (
+    WAYS,
+    Log,
+    Pairs,
+    gradient_gaps,
+    in_one_forward,
+    run_hooked,
+    value_gaps,
+)
 from conformance.checks.interventions import edited_runs
 from conformance.checks.registry import Adapter, check
 from conformance.compare import (
@@ -16,7 +24,6 @@ from conformance.compare import (
     compare_firing,
     compare_gradients,
     compare_parameters,
-    compare_tensors,
 )
 from conformance.edits import edited
 from conformance.observe import Observation, Recorder, observe, sites_of
@@ -24,7 +31,6 @@ from conformance.sites import Port, Site, fired_rows
 from conformance.spec import Case
 from conformance.strategies import cases
 from conformance.subjects import bridged, reference
-from conformance.tolerance import of_gradient, of_value
 
 
 def _heard(
@@ -41,17 +47,7 @@ def _heard(
     for said, tensor in zip(told, tensors, strict=True):
         if said != site.name:
             yield Gap(label, "contract", f"the function was told that it is at {said}")
-        allowance = (
-            of_gradient(site, expected.values, expected.gradients)
-            if backward
-            else of_value(site, site.name, expected.values)
-        )
-        kind = "gradient" if backward else "value"
-        wider = bool(site.derived)
-        gap = compare_tensors(
-            label, known[site.name], tensor, allowance, kind=kind, any_wider=wider
-        )
-        yield from [gap] if gap else []
+        yield from (gradient_gaps if backward else value_gaps)(label, site, expected, tensor)
 
 
 @check(

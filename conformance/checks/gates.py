@@ -131,10 +131,10 @@ def _right(
 
 def _attempts(
     subject: Subject, case: Case, name: str, direction: str
-) -> dict[str, Callable[[], None]]:
+) -> dict[str, Callable[[], object]]:
     """Ways of asking for one hook by its name, after another one that is there."""
-    bridge, tokens = subject.bridge, inputs(case).tokens
-    assert bridge is not None
+    bridge: Any = subject.bridge
+    tokens = inputs(case).tokens
     good, listen = "blocks.0.hook_resid_pre", Log().listener("")
     hooks = {f"{direction}_hooks": [(good, listen), (name, listen)]}
 

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from transformer_lens.hook_points import HookPoint
 
-from conformance.compare import Gap
+from conformance.compare import Gap, compare_tensors
 from conformance.inputs import inputs
-from conformance.observe import arguments, hook_points, started
+from conformance.observe import Observation, arguments, hook_points, sites_of, started
+from conformance.sites import Site
 from conformance.spec import Case
 from conformance.subjects import Subject, at_work
+from conformance.tolerance import of_gradient, of_value
 
 WAYS = ("add_hook", "hooks", "run_with_hooks")
 
@@ -90,6 +92,52 @@ class Log:
         return listen
 
 
+def run_cached(
+    subject: Subject, case: Case, tokens: torch.Tensor, **named: Any
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What run_with_cache gives: its output and the cache, as a dict."""
+    bridge = subject.bridge
+    assert bridge is not None
+    given = {"return_type": "logits", **arguments(subject, case, inputs(case)), **named}
+    with at_work("run_with_cache"), started(subject, case):
+        output, cache = bridge.run_with_cache(tokens, **given)
+    return output, dict(cache.items())
+
+
+def value_gaps(
+    label: str,
+    site: Site,
+    expected: Observation,
+    actual: torch.Tensor,
+    view: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+) -> Iterator[Gap]:
+    """The gap of one value that a hook or a cache has seen, if there is one."""
+    allowance = of_value(site, site.name, expected.values)
+    due = view(expected.values[site.name])
+    gap = compare_tensors(label, due, actual, allowance, any_wider=bool(site.derived))
+    yield from [gap] if gap else []
+
+
+def gradient_gaps(
+    label: str, site: Site, expected: Observation, actual: torch.Tensor
+) -> Iterator[Gap]:
+    """The gap of one gradient that a hook or a cache has seen, if there is one."""
+    allowance = of_gradient(site, expected.values, expected.gradients)
+    due, wider = expected.gradients[site.name], bool(site.derived)
+    gap = compare_tensors(label, due, actual, allowance, kind="gradient", any_wider=wider)
+    yield from [gap] if gap else []
+
+
+def some_sites(subject: Subject, case: Case, count: int) -> dict[str, tuple[str, ...]]:
+    """Drawn sites that have a gradient, each with all its names, in order of execution."""
+    none = ("embed.hook_in", "rotary_emb.hook_in", "hook_cos", "hook_sin")
+    known = sites_of(subject, case).values()
+    plain = [site for site in known if not site.derived and not site.name.endswith(none)]
+    draw = torch.Generator().manual_seed(case.run.token_seed)
+    picked = sorted(torch.randperm(len(plain), generator=draw)[:count].tolist())
+    return {plain[at].name: (plain[at].name, *plain[at].aliases) for at in picked}
+
+
 def settle(subject: Subject, case: Case) -> None:
     """Let a bridge put up the listeners of its own, and Hugging Face those of its outputs.
 
@@ -118,7 +166,7 @@ def attached(subject: Subject) -> Attached:
 
 def changes(before: Attached, after: Attached, when: str) -> Iterator[Gap]:
     """A gap for each module that has lost a hook, or has one more than before."""
-    for name in before | after:
+    for name in sorted(before.keys() | after.keys()):
         then, now = before.get(name, ()), after.get(name, ())
         if then != now:
             lost, left = len(set(then) - set(now)), len(set(now) - set(then))
