@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -208,7 +208,6 @@ def observe(
     gradients_at: frozenset[str] | None = None,
     recorder: Recorder | None = None,
     data: Inputs | None = None,
-    late: bool = False,
 ) -> Observation:
     """Run a subject forwards, and backwards if asked, and keep what it showed.
 
@@ -221,7 +220,6 @@ def observe(
         gradients_at: Sites of a bridge to hook backwards; None hooks all of ``sites``.
         recorder: What keeps and edits, if not a plain one.
         data: What to feed; None draws it from the case.
-        late: Send the probe back when what records is off again.
     """
     data = data or inputs(case)
     recorder = recorder or Recorder(case)
@@ -241,11 +239,8 @@ def observe(
             cached=case.run.use_cache,
         ).attached()
     blame = at_work("running") if subject.under_test else nullcontext()
-    with blame, torch.set_grad_enabled(backward), ExitStack() as stack:
-        stack.enter_context(around)
+    with blame, torch.set_grad_enabled(backward), around:
         logits = run_forward(subject, case, data, recorder)
-        if late:
-            stack.close()
         # A replaced output has no gradient to send back.
         if backward and logits.requires_grad:
             logits.backward(data.probe.to(logits.dtype))  # type: ignore[no-untyped-call]

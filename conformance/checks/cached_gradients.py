@@ -58,7 +58,7 @@ def _gradient_of_loss(logits: torch.Tensor, data: Inputs) -> tuple[torch.Tensor,
     "the same gradient of the logits, under every name asked for, and gives every parameter its "
     "gradient; that of the logits is the loss's.",
     long_cases,
-    examples=0.5,
+    examples=0.4,
 )
 def incl_bwd(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Each formula of a loss rounds the gradient of the logits in its own way.

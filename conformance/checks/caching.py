@@ -115,6 +115,7 @@ def _wish(case: Case, every: Mapping[str, Site]) -> _Wish:
     "alias), each with the reference's tensor at the positions, on the device and in the shape "
     "asked for, and changes neither the logits nor the bridge.",
     cases,
+    examples=0.7,
 )
 def values(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """One drawn combination of what run_with_cache can be asked for."""
@@ -198,6 +199,7 @@ def _disturb(
     "hook, a backward, a later forward with or without the key-value cache, new weights, or what "
     "the caller does to tokens and logits in place.",
     changed_cases,
+    examples=0.5,
 )
 def unchanging(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """An edit in place is performed without a gradient: PyTorch refuses most under one."""

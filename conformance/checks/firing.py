@@ -28,7 +28,7 @@ from conformance.compare import (
 from conformance.edits import edited
 from conformance.observe import Observation, Recorder, observe, sites_of
 from conformance.sites import Port, Site, fired_rows
-from conformance.spec import Case
+from conformance.spec import Case, Edit
 from conformance.strategies import cases
 from conformance.subjects import bridged, reference
 
@@ -56,6 +56,7 @@ def _heard(
     "hooks() or run_with_hooks, is called once a forward or backward, in order, with the site's "
     "tensor or gradient and its canonical name.",
     cases,
+    examples=0.4,
 )
 def names(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """A function for each name, and one for all of them: a filter that matches every name."""
@@ -68,16 +69,20 @@ def names(adapter: Adapter, case: Case) -> Iterator[Gap]:
     # Backward hooks on the LayerNorms' derived sites have a check of their own.
     plain = {name: site for name, site in asked.items() if not site.derived}
 
-    def pairs(names: dict[str, Site], ending: str) -> Pairs:
-        if draw % 2:
-            return [(n, log.listener(n + ending)) for n in names]
-        return [(lambda other, n=n: other == n, log.listener(n + ending)) for n in names]
+    def pairs(names: dict[str, Site], ending: str) -> dict[str, Pairs]:
+        found: dict[str, Pairs] = {way: [] for way in WAYS}
+        for turn, name in enumerate(names, draw):
+            by_name = turn // len(WAYS) % 2
+            ask = name if by_name else (lambda other, name=name: other == name)
+            found[WAYS[turn % len(WAYS)]].append((ask, log.listener(name + ending)))
+        return found
 
     forward, backward = pairs(asked, ""), pairs(plain, " backwards")
     sweep, sweep_back = Log(), Log()
-    forward.append((lambda name: True, sweep.listener("")))
-    backward.append((lambda name: name in plain, sweep_back.listener("")))
-    run_hooked(subject, case, WAYS[draw // 2 % len(WAYS)], forward, backward)
+    way = WAYS[draw % len(WAYS)]
+    forward[way].append((lambda name: True, sweep.listener("")))
+    backward[way].append((lambda name: name in plain, sweep_back.listener("")))
+    run_hooked(subject, case, forward, backward)
     yield from compare_firing(wanted, sweep.told[""])
     due = [name for name in reversed(wanted) if name in plain and name in expected.gradients]
     yield from compare_firing(due, sweep_back.told[""])
@@ -92,7 +97,7 @@ def names(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "Backward hooks fire in exactly the reverse of the order in which forward hooks fire, those "
     "inside the LayerNorms included.",
     cases,
-    examples=0.5,
+    examples=0.4,
 )
 def reverse(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Every node of the graph has its turn by the time of its making: measured, see the reference.
@@ -113,13 +118,13 @@ def reverse(adapter: Adapter, case: Case) -> Iterator[Gap]:
 
 
 class _Editor(Recorder):
-    """Performs the run's edits on gradients, and on every second case on the values before."""
+    """Performs the run's edits on gradients, of values that most cases have scaled before."""
 
     def __init__(self, case: Case) -> None:
         super().__init__(case)
         self.gradient_edits = self.edits
-        if case.run.token_seed % 2:
-            self.edits = {}
+        scaled = case.run.token_seed % 3 != 1
+        self.edits = {at: Edit(site=at) for at in self.edits if scaled}
 
     def gradient(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """Keep a gradient as it comes, and send on an edited one."""
@@ -141,6 +146,7 @@ def gradient_edits() -> SearchStrategy[Case]:
     "flows on, to every earlier site and every parameter, is what flows on from such a change on "
     "the reference, also through an edit of the value there.",
     gradient_edits,
+    examples=0.5,
 )
 def returned_gradients(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Edits of one or two gradients, against a tensor hook that returns them on the reference."""

@@ -74,7 +74,7 @@ def _expected(
     "A hook that a flag gates fires once a forward under its flag, with the residual stream once "
     "a head, or the head's share of the output, and never without, before as after.",
     cases,
-    examples=0.4,
+    examples=0.3,
 )
 def gated(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Without any flag, under a legal set of flags, and without any again.
@@ -159,7 +159,7 @@ def _attempts(
     "hooks(), run_with_hooks and run_with_cache, with an error that names the flag, and leaves "
     "nothing behind; a filter that matches it too is not refused, and skips it.",
     cases,
-    examples=0.3,
+    examples=0.2,
 )
 def refused(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Every gated hook, under one of its names; its flag was never on, or is off again."""

@@ -198,6 +198,7 @@ class _Script:
     "hooks(), run_with_hooks, reset_hooks and remove_hooks, just the hooks that should be there "
     "are called, in order, forwards and backwards, and the logits are bit for bit what they were.",
     cases,
+    examples=0.6,
 )
 def ledger(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """A drawn script of steps, with a forward and a backward after each."""
@@ -206,7 +207,9 @@ def ledger(adapter: Adapter, case: Case) -> Iterator[Gap]:
     settle(subject, case)
     before = attached(subject)
     script = _Script(subject, case, some_sites(subject, case, 3))
-    steps = (script.add, script.open, script.passing, script.close, script.reset, script.add)
+    # Twice what the other steps need, to have something to act on, or act upon.
+    twice = (script.add, script.reset)
+    steps = (*twice, *twice, script.open, script.passing, script.close)
     with at_work("a script of hooks"):
         for _ in range(STEPS):
             what = steps[script.draw(len(steps))]()

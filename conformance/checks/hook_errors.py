@@ -151,6 +151,7 @@ def _tried(trial: _Trial, case: Case) -> Iterator[Gap]:
     "call that is refused, reach the caller and leave no hook of theirs behind, take none of the "
     "user's away, and change neither logits nor gradients afterwards.",
     cases,
+    examples=0.6,
 )
 def exceptions(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The user has a permanent hook, one more, and one backwards, all at another place."""

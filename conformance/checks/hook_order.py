@@ -66,7 +66,7 @@ def chained_cases() -> SearchStrategy[Case]:
     "all others, each on what the one before has left: of the tensor in the forward, of the "
     "gradient in the backward.",
     chained_cases,
-    examples=0.7,
+    examples=0.4,
 )
 def order(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Three edits of a value and three of its gradient, put on in different ways."""
@@ -114,7 +114,7 @@ def order(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "that a call with clear_contexts=True has touched, or from all after clear_contexts() or "
     "reset_hooks(), and from no others.",
     cases,
-    examples=0.2,
+    examples=0.1,
 )
 def contexts(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """One site that is touched and one that is not, through each of the calls."""

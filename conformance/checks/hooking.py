@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,16 +34,15 @@ def in_one_forward(case: Case) -> Case:
 
 
 def run_hooked(
-    subject: Subject, case: Case, way: str, forward: Pairs, backward: Pairs
+    subject: Subject, case: Case, forward: Mapping[str, Pairs], backward: Mapping[str, Pairs]
 ) -> torch.Tensor:
-    """One forward and backward with hooks on a bridge, all of which are off afterwards.
+    """One forward with hooks on a bridge, and a backward when all but the added ones are off.
 
     Args:
         subject: The bridge.
         case: How to run it, in one chunk.
-        way: Of `WAYS`.
-        forward: Hooks of the forward.
-        backward: Hooks of the backward.
+        forward: Hooks of the forward, by the way in which they are put on: of `WAYS`.
+        backward: Hooks of the backward, likewise.
 
     Returns:
         The logits ``[batch, pos, d_vocab]``.
@@ -54,21 +51,22 @@ def run_hooked(
     assert bridge is not None
     data = inputs(case)
     given = arguments(subject, case, data)
-    call: Callable[..., torch.Tensor] = bridge
-    with at_work(way), ExitStack() as stack:
-        if way == "add_hook":
-            stack.callback(bridge.reset_hooks)
-            for asked, function in forward:
-                bridge.add_hook(asked, function)
-            for asked, function in backward:
-                bridge.add_hook(asked, function, dir="bwd")
-        elif way == "hooks":
-            stack.enter_context(bridge.hooks(fwd_hooks=forward, bwd_hooks=backward))
-        else:
-            call = partial(bridge.run_with_hooks, fwd_hooks=forward, bwd_hooks=backward)
-        with started(subject, case):
-            logits = call(data.tokens, return_type="logits", **given)
-        logits.backward(data.probe.to(logits.dtype))  # type: ignore[no-untyped-call]
+
+    def both(way: str) -> dict[str, Any]:
+        return {"fwd_hooks": forward.get(way, []), "bwd_hooks": backward.get(way, [])}
+
+    with at_work("a forward and a backward with hooks on"):
+        for asked, function in forward.get("add_hook", ()):
+            bridge.add_hook(asked, function)
+        for asked, function in backward.get("add_hook", ()):
+            bridge.add_hook(asked, function, dir="bwd")
+        with bridge.hooks(**both("hooks")), started(subject, case):
+            logits: torch.Tensor = bridge.run_with_hooks(
+                data.tokens, return_type="logits", **both("run_with_hooks"), **given
+            )
+        if logits.requires_grad:  # a replaced output has no gradient to send back
+            logits.backward(data.probe.to(logits.dtype))  # type: ignore[no-untyped-call]
+        bridge.reset_hooks()
     return logits.detach()
 
 

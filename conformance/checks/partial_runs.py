@@ -124,7 +124,7 @@ def _gradients(
     "hooked and cached, with the reference's tensors; the output is the residual stream before "
     "the block, or the logits, and its gradient arrives where the run started.",
     deep_cases,
-    examples=0.8,
+    examples=0.5,
 )
 def layers(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Through run_with_cache or run_with_hooks, from what the reference has at the start.

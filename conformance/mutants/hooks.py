@@ -160,7 +160,11 @@ for name, breaks, sites in (
         "an edit of q.hook_in in place reaches k",
         ("q.hook_in", "k.hook_in", "gate.hook_in"),
     ),
-    ("rotation", "an edit of a block's hook_cos in place reaches later blocks", ("attn.hook_cos",)),
+    (
+        "rotation",
+        "an edit of a block's rotation in place reaches later blocks",
+        ("hook_cos", "hook_sin"),
+    ),
 ):
     killer, trigger = "interventions.in_place", "such an edit"
     add(f"in_place.{name}", breaks, trigger, killer, OlmoHookPoint, "forward", _shared(*sites))
