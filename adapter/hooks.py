@@ -55,10 +55,13 @@ def is_hooked(point: HookPoint) -> bool:
     )
 
 
-def adopt(point: HookPoint) -> None:
-    """Make a hook point that TransformerLens has created one of ours."""
-    if type(point) is HookPoint:
-        point.__class__ = OlmoHookPoint
+def adopt(component: GeneralizedComponent) -> None:
+    """Make the hook points that TransformerLens has created in a component, and below it, ours."""
+    for point in component.modules():
+        if type(point) is HookPoint:
+            point.__class__ = OlmoHookPoint
+    for below in component.submodules.values():
+        adopt(below)
 
 
 def drop_hook(component: GeneralizedComponent, name: str) -> None:

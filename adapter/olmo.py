@@ -104,6 +104,8 @@ class OlmoArchitectureAdapter(ArchitectureAdapter):
             "ln_final": OlmoLayerNormBridge(name="model.norm", config=self.cfg),
             "unembed": OlmoUnembeddingBridge(name="lm_head", config=self.cfg),
         }
+        for component in self.component_mapping.values():
+            adopt(component)
 
     def prepare_model(self, hf_model: Any, *, exact_clip: bool = False) -> None:
         """Force eager attention and take the in-place clamp out of the attention forwards.
@@ -120,8 +122,6 @@ class OlmoArchitectureAdapter(ArchitectureAdapter):
         if type(bridge) is TransformerBridge:
             bridge.__class__ = OlmoTransformerBridge
         tell_the_truth(bridge)
-        for point in bridge.hook_dict.values():
-            adopt(point)
         for block in bridge.blocks:
             block.attn.set_rotary_emb(bridge.rotary_emb)
 

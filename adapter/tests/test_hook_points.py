@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from adapter.hooks import OlmoHookPoint
 from adapter.tests import models
 from adapter.tests.models import TOKENS, same
 
@@ -139,3 +140,10 @@ def test_a_filter_that_sweeps_over_gated_hooks_skips_them() -> None:
         _, cache = bridge.run_with_cache(TOKENS, names_filter=lambda name: "blocks.0" in name)
     assert "blocks.0.hook_mlp_in" not in cache
     assert "blocks.0.hook_resid_mid" in cache
+
+
+def test_every_hook_point_is_one_of_ours_also_before_there_is_a_bridge() -> None:
+    bridge = models.bridged(models.olmo())
+    assert {type(point) for point in bridge.hook_dict.values()} == {OlmoHookPoint}
+    attention = bridge.adapter.component_mapping["blocks"].submodules["attn"]
+    assert type(attention.submodules["q"].hook_in) is OlmoHookPoint
