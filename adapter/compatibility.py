@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from inspect import signature
 from typing import Any
 
 import torch
 
+from adapter.gates import refuse_gated
 from adapter.state import WholeStateBridge
 
 
@@ -65,6 +67,17 @@ class OlmoTransformerBridge(WholeStateBridge):
             center_unembed=center_unembed,
             fold_value_biases=fold_value_biases,
         )
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Run and cache; refuse a name whose hook fires only under a flag that is off."""
+        given = signature(super().run_with_cache).bind(*args, **kwargs).arguments
+        refuse_gated(self, given.get("names_filter"))
+        return super().run_with_cache(*args, **kwargs)
+
+    def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Build caching hooks; refuse a name whose hook fires only under a flag that is off."""
+        refuse_gated(self, names_filter)
+        return super().get_caching_hooks(names_filter, *args, **kwargs)
 
     def _why_value_biases_must_stay(self) -> str | None:
         """The reason why folding would change the model, or None.

@@ -15,6 +15,7 @@ from adapter.block import OlmoBlockBridge
 from adapter.clip import patch_clip
 from adapter.compatibility import OlmoTransformerBridge
 from adapter.configuration import tell_the_truth
+from adapter.hooks import adopt
 from adapter.mlp import BranchLinearBridge, OlmoMLPBridge, OutputLinearBridge
 from adapter.normalization import OlmoLayerNormBridge
 from adapter.rotary import OlmoRotaryEmbeddingBridge
@@ -104,6 +105,8 @@ class OlmoArchitectureAdapter(ArchitectureAdapter):
             "ln_final": OlmoLayerNormBridge(name="model.norm", config=self.cfg),
             "unembed": OlmoUnembeddingBridge(name="lm_head", config=self.cfg),
         }
+        for component in self.component_mapping.values():
+            adopt(component)
 
     def prepare_model(self, hf_model: Any, *, exact_clip: bool = False) -> None:
         """Force eager attention and take the in-place clamp out of the attention forwards.

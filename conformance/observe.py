@@ -52,13 +52,14 @@ class Observation:
 class Recorder:
     """Collects what the sites show while a subject runs, and performs the run's edits there.
 
-    Args:
+    Attributes:
         hooking: Get gradients by hooks on a Hugging Face model's tensors and a plain backward:
             checkpointing refuses to be asked for those of tensors.
+        edits_gradients: Whether `gradient` may return another one.
     """
 
-    def __init__(self, *, hooking: bool = False) -> None:
-        self._hooking = hooking
+    hooking = False
+    edits_gradients = False
 
     def begin(self, case: Case) -> None:
         """Forget the last run."""
@@ -72,17 +73,22 @@ class Recorder:
         self.differentiable: dict[str, tuple[torch.Tensor, Turn]] = {}
         self.random_state: torch.Tensor | None = None
 
+    def edit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor that the run's edit of a site leaves; the same object if there is none."""
+        return edited(self.edits[name], tensor) if name in self.edits else tensor
+
     def value(self, name: str, tensor: torch.Tensor) -> None:
         """Keep a site's tensor; it must be nobody else's to change."""
         key = f"{name}#{self.chunk}" if self.chunk else name
         self.fired.append(key)
         self.values[key] = tensor
 
-    def gradient(self, name: str, tensor: torch.Tensor) -> None:
-        """Keep a site's gradient."""
+    def gradient(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Keep a site's gradient. What is returned takes its place; nothing of a plain recorder."""
         if self.backward:
             self.fired_backward.append(name)
             self.gradients[name] = tensor
+        return None
 
     def see(self, name: str, value: torch.Tensor, source: torch.Tensor, turn: Turn) -> None:
         """Keep a site's value, and where its gradient comes from."""
@@ -92,7 +98,7 @@ class Recorder:
     def _differentiate(self, name: str, source: torch.Tensor, turn: Turn) -> None:
         if not (source.requires_grad and self.backward):
             return
-        if self._hooking:
+        if self.hooking or self.edits_gradients:
             source.register_hook(  # type: ignore[no-untyped-call]
                 lambda gradient: self.gradient(name, turn(gradient).detach().clone())
             )
@@ -101,7 +107,7 @@ class Recorder:
 
     def visit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Edit and keep a tensor of a tapped Hugging Face model (see `conformance.taps`)."""
-        tensor = edited(self.edits[name], tensor)
+        tensor = self.edit(name, tensor)
         self.value(name, tensor.detach())
         self._differentiate(name, tensor, _same)
         return tensor
@@ -130,9 +136,9 @@ def _value_hook(
     return hook
 
 
-def _gradient_hook(recorder: Recorder, name: str) -> Callable[..., None]:
-    def hook(tensor: torch.Tensor, hook: HookPoint) -> None:
-        recorder.gradient(name, tensor.detach().clone())
+def _gradient_hook(recorder: Recorder, name: str) -> Callable[..., torch.Tensor | None]:
+    def hook(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor | None:
+        return recorder.gradient(name, tensor.detach().clone())
 
     return hook
 
@@ -182,6 +188,12 @@ def arguments(subject: Subject, case: Case) -> dict[str, Any]:
     plain = replace(case, run=replace(case.run, chunks=1))
     (given,) = _chunks(subject, plain, inputs(case), None)
     return given
+
+
+def options(subject: Subject, case: Case) -> dict[str, Any]:
+    """As `arguments`, but for the tokens and what is to be returned."""
+    told = ("input", "input_ids", "return_type")
+    return {name: value for name, value in arguments(subject, case).items() if name not in told}
 
 
 def _chunks(
@@ -236,6 +248,14 @@ def _random_state(seed: int) -> Iterator[None]:
         yield
     finally:
         torch.default_generator.set_state(before)
+
+
+@contextmanager
+def started(subject: Subject, case: Case) -> Iterator[None]:
+    """The mode and the random state that a run begins with."""
+    _in_mode(subject, case)
+    with _random_state(case.run.token_seed):
+        yield
 
 
 def run_forward(
@@ -309,6 +329,7 @@ def watched(
     backward: bool = True,
     gradients_at: Collection[str] | None = None,
     returned: bool = False,
+    recorder: Recorder | None = None,
 ) -> Iterator[Look]:
     """Put taps or hooks on a subject once, to run it as often as is wanted.
 
@@ -322,13 +343,14 @@ def watched(
         returned: Take the sites' gradients from what the forward hooks of a bridge return, a view
             of what they were given, instead of from backward hooks. That must change nothing, and
             costs a fifth.
+        recorder: What keeps and edits, if not a plain one.
 
     Yields:
         A function that runs a case on the subject, given the case's inputs. The case's model must
         be the subject's: it is not looked at again.
     """
-    checkpointed = getattr(subject.model.model, "gradient_checkpointing", False)
-    recorder = Recorder(hooking=bool(checkpointed))
+    recorder = recorder or Recorder()
+    recorder.hooking = bool(getattr(subject.model.model, "gradient_checkpointing", False))
     around: Any = nullcontext()
     taps: Taps | None = None
     if sites is not None and subject.bridge is not None:
@@ -345,7 +367,9 @@ def watched(
     def look(case: Case, data: Inputs) -> Observation:
         recorder.begin(case)
         if taps is not None:
-            taps.cached, taps.editing = case.run.use_cache, recorder.edits
+            taps.cached = case.run.use_cache
+            # A gradient is edited at a node of its own.
+            taps.editing = sites or () if recorder.edits_gradients else recorder.edits
         with at_work("running") if subject.under_test else nullcontext():
             with torch.set_grad_enabled(backward):
                 logits = run_forward(subject, case, data, recorder, taps)
@@ -371,17 +395,24 @@ def observe(
     sites: Mapping[str, Site] | None = None,
     backward: bool = True,
     gradients_at: Collection[str] | None = None,
+    recorder: Recorder | None = None,
+    data: Inputs | None = None,
 ) -> Observation:
     """Run a subject once, forwards, and backwards if asked, and keep what it showed.
 
-    See `watched` for the arguments.
+    See `watched` for the arguments; ``data`` is what to feed, and None draws it from the case.
     """
     if case.run.chunks > 1:  # a backward hook would not know which forward it is of
         gradients_at = ()
     with watched(
-        subject, case.model.d_head, sites=sites, backward=backward, gradients_at=gradients_at
+        subject,
+        case.model.d_head,
+        sites=sites,
+        backward=backward,
+        gradients_at=gradients_at,
+        recorder=recorder,
     ) as look:
-        return look(case, inputs(case))
+        return look(case, data or inputs(case))
 
 
 def sites_of(subject: Subject, case: Case) -> dict[str, Site]:

@@ -26,7 +26,11 @@ def _named(model: ModelSpec, rows: Sequence[str]) -> SearchStrategy[str]:
 
 
 def edited_runs(
-    model: ModelSpec, *, kinds: tuple[str, ...] = _RETURNED, most: int = 2
+    model: ModelSpec,
+    *,
+    kinds: tuple[str, ...] = _RETURNED,
+    most: int = 2,
+    rows: Sequence[str] = (),
 ) -> SearchStrategy[RunSpec]:
     """Runs with one edit or several, each at another site of the model.
 
@@ -34,8 +38,9 @@ def edited_runs(
         model: The model, whose sites are edited.
         kinds: Kinds of edits.
         most: Greatest number of edits at once.
+        rows: Rows of the table that are edited; all that fire in a plain forward if empty.
     """
-    names = _named(model, [site.name for site in fired_rows()])
+    names = _named(model, rows or [site.name for site in fired_rows()])
     each = edits(sites=names, kinds=st.sampled_from(kinds))
     some = st.lists(each, min_size=1, max_size=most, unique_by=lambda edit: edit.site)
     return run_specs(model, edits=some.map(tuple))
