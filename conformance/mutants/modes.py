@@ -11,6 +11,7 @@ from adapter import attention, clip
 from adapter.attention import OlmoAttentionBridge
 from adapter.block import OlmoBlockBridge
 from adapter.compatibility import OlmoTransformerBridge
+from adapter.hooks import OlmoHookPoint
 from conformance.mutants.catalogue import add, hook_mutant, mutant
 
 
@@ -54,14 +55,16 @@ def dropout_transposed(original: Any) -> Any:
     return dropout
 
 
-@mutant("modes.dropout_hooked", "a hook", "modes.dropout", attention, "isolated")
+@mutant("modes.dropout_hooked", "a hook", "modes.dropout", OlmoHookPoint, "forward")
 def dropout_hooked(original: Any) -> Any:
     """Where a hook listens a random number is drawn more."""
 
-    def isolated(x: torch.Tensor, point: Any) -> Any:
-        return original(x, point) + 0 * torch.rand(()) if point.fwd_hooks else original(x, point)
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        if self.fwd_hooks:
+            torch.rand(())
+        return original(self, x)
 
-    return isolated
+    return forward
 
 
 @mutant(
