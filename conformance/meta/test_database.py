@@ -14,20 +14,20 @@ from pathlib import Path
 import pytest
 from hypothesis.database import DirectoryBasedExampleDatabase
 
+from conformance.checks import REGISTRY
 from conformance.database import example_database
+from conformance.profiles import DATABASE_VARIABLE, profile
+from conformance.run import property_settings
 from conformance.spec import SpecError
 
 ROOT = Path(__file__).parents[2]
 
 PROPERTY = """
-from hypothesis import given, strategies as st
-from conformance.profiles import profile
-from conformance.run import property_settings
-from types import SimpleNamespace
-settings = property_settings(SimpleNamespace(examples=1.0), profile("dev"))
+from hypothesis import given, settings, strategies as st
+from conformance.database import chosen_database
 tried = []
 
-@settings
+@settings(database=chosen_database(), deadline=None)
 @given(st.integers(0, 10**9))
 def test(number):
     tried.append(number)
@@ -45,7 +45,7 @@ def first_tried(place: str, folder: Path) -> int:
     """The first example that a new process tries of a property that fails from a million on."""
     environment = {
         **os.environ,
-        "OLMO_CONFORMANCE_EXAMPLE_DATABASE": place,
+        DATABASE_VARIABLE: place,
         "PYTHONPATH": str(ROOT),
     }
     command = [sys.executable, "-c", PROPERTY]
@@ -95,6 +95,16 @@ def test_a_redis_keeps_a_failure_for_other_processes(redis: str, tmp_path: Path)
     assert first_tried(redis, tmp_path) < 10**6  # nothing is known yet
     assert first_tried(redis, tmp_path) == 10**6  # the shrunk failure, first of all
     assert not (tmp_path / ".hypothesis" / "examples").exists()
+
+
+def test_profiles_that_keep_failures_ask_for_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = next(iter(REGISTRY.values()))
+    monkeypatch.setenv(DATABASE_VARIABLE, str(tmp_path / "kept"))
+    for name, stores in (("ci", False), ("dev", True), ("deep", True)):
+        found = property_settings(check, profile(name)).database
+        assert found == (example_database(str(tmp_path / "kept")) if stores else None)
 
 
 def test_a_folder_does_too(tmp_path: Path) -> None:

@@ -42,10 +42,24 @@ class Mutant:
     killer: str
     apply: Callable[[], AbstractContextManager[None]]
 
+    @property
+    def crashes(self) -> bool:
+        """Whether it shows as an exception. All others must show as a difference."""
+        return self.name in CRASHES
+
     def __str__(self) -> str:
         return self.name
 
 
+CRASHES = {
+    "attention.upstream",
+    "cache.expected",
+    "clamp.in_place",
+    "patch.no_clone",
+    "recompute.forgotten",  # PyTorch notices where an edit has saved another number of tensors
+    "state.biases_required",
+    "states.lens_names_only",
+}
 CATALOGUE: dict[str, Mutant] = {}
 
 _ABSENT = object()

@@ -7,17 +7,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 
 import hypothesis
 from hypothesis import Phase, Verbosity, given, settings
 
 from adapter import OlmoArchitectureAdapter
-from conformance.checks import REGISTRY, require
+from conformance.checks import REGISTRY, judge, require
 from conformance.mutants.catalogue import Mutant
 from conformance.profiles import profile
 from conformance.run import property_settings
 from conformance.spec import Case
-from conformance.verdict import ConformanceError, Verdict
+from conformance.verdict import ConformanceError, Outcome, Verdict
 
 
 @dataclass(frozen=True)
@@ -29,25 +30,32 @@ class Kill:
         verdict: Of the check on the case that killed it; None if it survived.
         cases: How many cases were judged.
         seconds: Time it took.
+        sound: Of the check on the same case, without the mutant.
     """
 
     mutant: Mutant
     verdict: Verdict | None
     cases: int
     seconds: float
+    sound: Verdict | None = None
 
     @property
     def killed(self) -> bool:
-        """Whether the named check has found the fault."""
-        return self.verdict is not None
+        """Whether the named check has found the fault, as what it is, and none without it."""
+        if self.verdict is None or self.sound is None:
+            return False
+        told = self.verdict.outcome is Outcome.FAILED or self.mutant.crashes
+        return told and self.sound.outcome is Outcome.PASSED
 
     @property
     def by(self) -> str | None:
         """The check that killed it."""
-        return self.verdict.check if self.verdict is not None else None
+        return self.verdict.check if self.verdict is not None and self.killed else None
 
     def __str__(self) -> str:
         fate = f"killed by {self.by}" if self.killed else f"SURVIVED {self.mutant.killer}"
+        if self.verdict is not None and not self.killed:
+            fate = f"NOT KILLED: {self.mutant.killer} crashes, or is red without it too,"
         what = f": {self.verdict.summary}" if self.verdict is not None else ""
         return f"{self.mutant}: {fate} after {self.cases} cases, {self.seconds:.1f} s{what}"
 
@@ -114,4 +122,12 @@ def kill(
         drawn()
     seconds = time.perf_counter() - start
     verdict = next((end.verdict for end in found if isinstance(end, ConformanceError)), None)
-    return Kill(mutant, verdict, cases, seconds)
+    sound = None
+    if verdict is not None and verdict.case is not None:
+        sound = _on_the_sound_adapter(mutant.killer, verdict.case)
+    return Kill(mutant, verdict, cases, seconds, sound)
+
+
+@cache  # the same few cases kill most
+def _on_the_sound_adapter(check: str, case: Case) -> Verdict:
+    return judge(REGISTRY[check], OlmoArchitectureAdapter, case)
