@@ -73,13 +73,17 @@ class Recorder:
         self.differentiable: dict[str, tuple[torch.Tensor, Turn]] = {}
         self.random_state: torch.Tensor | None = None
 
+    def key(self, name: str) -> str:
+        """What a site's tensor of the present chunk is called."""
+        return f"{name}#{self.chunk}" if self.chunk else name
+
     def edit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor that the run's edit of a site leaves; the same object if there is none."""
         return edited(self.edits[name], tensor) if name in self.edits else tensor
 
     def value(self, name: str, tensor: torch.Tensor) -> None:
         """Keep a site's tensor; it must be nobody else's to change."""
-        key = f"{name}#{self.chunk}" if self.chunk else name
+        key = self.key(name)
         self.fired.append(key)
         self.values[key] = tensor
 
@@ -123,7 +127,7 @@ def _value_hook(
     def hook(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor | None:
         edit, new = recorder.edits.get(name), None
         if edit is not None:
-            new = edited(edit, tensor)
+            new = recorder.edit(name, tensor)
             if edit.kind == "in_place":
                 tensor.copy_(new)
                 new = None
