@@ -49,8 +49,8 @@ def edited_runs(
 
 
 def edited_cases() -> SearchStrategy[Case]:
-    """Cases with one or two edits that return a tensor."""
-    return cases(runs=edited_runs)
+    """Cases with one to four edits that return a tensor."""
+    return cases(runs=lambda model: edited_runs(model, most=4))
 
 
 def in_place_cases() -> SearchStrategy[Case]:
@@ -66,7 +66,7 @@ def in_place_cases() -> SearchStrategy[Case]:
     examples=2.0,
 )
 def returned(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """One or two edits at once, backward hooks on everything but the LayerNorms' derived sites."""
+    """Up to four edits at once, backward hooks on everything but the LayerNorms' derived sites."""
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
     every = sites_of(subject, case)
     plain = {name: site for name, site in every.items() if not site.derived}
