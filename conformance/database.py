@@ -11,8 +11,6 @@ from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
 from conformance.profiles import DATABASE_VARIABLE
 from conformance.spec import SpecError
 
-FOLDER = Path(".hypothesis") / "examples"
-
 
 @cache
 def example_database(place: str) -> ExampleDatabase:
@@ -42,5 +40,10 @@ def example_database(place: str) -> ExampleDatabase:
 
 
 def chosen_database() -> ExampleDatabase:
-    """The database that the environment names, or the folder that Hypothesis itself takes."""
-    return example_database(os.environ.get(DATABASE_VARIABLE) or str(FOLDER))
+    """The database that the environment names, or the folder that Hypothesis itself takes.
+
+    Said in full: Hypothesis takes none where CI is set in the environment. HypoFuzz runs only tests
+    whose database is Hypothesis' default one, by its absolute path.
+    """
+    folder = Path.cwd() / ".hypothesis" / "examples"
+    return example_database(os.environ.get(DATABASE_VARIABLE) or str(folder))

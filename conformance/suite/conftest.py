@@ -9,8 +9,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hypothesis import settings
+
+from conformance.database import chosen_database
+from conformance.profiles import DATABASE_VARIABLE
 
 torch.set_num_threads(1)
+
+if os.environ.get(DATABASE_VARIABLE):
+    # HypoFuzz passes over tests whose database is not the default one.
+    settings.register_profile("conformance", database=chosen_database())
+    settings.load_profile("conformance")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
