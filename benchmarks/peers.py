@@ -5,8 +5,9 @@
 `run_benchmark_suite` (its phases 1 to 3; the fourth needs a judge model) is run on a saved tiny
 OLMo, sound and with mutants of the catalogue. The kit gets the wall time that it took: one drawn
 case of every check in turn, then another, until something differs or the time is over. Imports are
-not counted for either. The suite compares with a Hugging Face model that it hands to `prepare_model`,
-which by its contract skips the clamp: here it gets the exact patch, so that its reference is right.
+not counted for either. The suite compares with a Hugging Face model that it hands to
+`prepare_model`, which by its contract skips the clamp: here it gets the exact patch, so that its
+reference is right.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def good(results: dict[tuple[Any, ...], Any]) -> set[tuple[Any, ...]]:
 def facts_of(results: dict[tuple[Any, ...], Any]) -> int:
     """How many tensors the suite compared with Hugging Face's."""
     components = [r for (_, name, _), r in results.items() if name == "all_components"]
-    outputs = sum(result.details["total_components"] for result in components)
+    outputs = sum(int(result.details["total_components"]) for result in components)
     return outputs + sum(name in AGAINST_HUGGING_FACE for _, name, _ in results)
 
 
