@@ -27,7 +27,7 @@ from conformance.subjects import (
 )
 
 
-class _TroubleError(Exception):
+class TroubleError(Exception):
     """What a hook of a user raises in the middle of an attention."""
 
 
@@ -54,7 +54,7 @@ def _configurations(subject: Subject, case: Case) -> list[tuple[Any, Any]]:
     return seen
 
 
-def _left_over(subject: Subject, case: Case) -> Iterator[Gap]:
+def left_over(subject: Subject, case: Case) -> Iterator[Gap]:
     """Outside of a forward every attention has the shared configuration, clip and all."""
     model = subject.model
     if model.config.clip_qkv != case.model.clip_qkv:
@@ -82,19 +82,19 @@ def life(adapter: Adapter, case: Case) -> Iterator[Gap]:
     if any(seen != (None, case.model.clip_qkv) for seen in _configurations(subject, case)):
         told = "self_attn.config says None and model.config the clip"
         yield Gap("config.clip_qkv", "contract", f"inside of an attention not: {told}")
-    yield from _left_over(subject, case)
+    yield from left_over(subject, case)
 
     def trouble(*_: object) -> None:
-        raise _TroubleError
+        raise TroubleError
 
     handle = subject.model.model.layers[-1].self_attn.o_proj.register_forward_pre_hook(trouble)
     try:
         subject.model(torch.zeros((1, 1), dtype=torch.long))
-    except _TroubleError:
+    except TroubleError:
         pass
     finally:
         handle.remove()
-    yield from _left_over(subject, case)
+    yield from left_over(subject, case)
     yield from logits_gap(without, observe(subject, case, backward=False))
 
     undo = unpatcher(adapter)

@@ -12,13 +12,12 @@ from typing import Any, Literal
 
 import torch
 
-from conformance.compare import Gap, compare_tensors
+from conformance.compare import Gap, bitwise, compare_tensors
 from conformance.machine.executor import Machine, Original, named_parameters
-from conformance.machine.invariant import logits_gap
 from conformance.machine.moves import move
 from conformance.machine.running import fires, gradient_seen
 from conformance.machine.state import Hook
-from conformance.observe import hook_points, observe
+from conformance.observe import observe
 from conformance.spec import EXCLUSIVE, PROCESSING, Step
 from conformance.subjects import at_work, unpatcher
 from conformance.tolerance import of_log_probabilities
@@ -40,7 +39,7 @@ def _add(machine: Machine, step: Step, hook: Hook) -> None:
     hooks = machine.state.hooks
     with at_work("adding a hook"):
         if step.seed % 3 == 2:
-            point = hook_points(machine.subject, machine.known)[site]
+            point = machine.point(site)
             point.add_hook(function, dir=way, is_permanent=hook.permanent, prepend=True)
         elif hook.permanent:
             machine.bridge.add_perma_hook(named, function, dir=way)
@@ -87,7 +86,7 @@ def remove_hooks(machine: Machine, step: Step) -> Iterator[Gap]:
     """All those of one hook point."""
     way: Literal["fwd", "bwd", "both"] = ("both", "fwd", "bwd")[step.seed % 3]
     with at_work("remove_hooks"):
-        hook_points(machine.subject, machine.known)[step.site].remove_hooks(way)
+        machine.point(step.site).remove_hooks(way)
     _drop(machine, way, permanent=False, site=step.site)
     yield from ()
 
@@ -273,7 +272,7 @@ def compatibility(machine: Machine, step: Step) -> Iterator[Gap]:
     machine.now(compatible=True, gradients={})
     got = observe(machine.subject, case, backward=False).logits
     if not processes:
-        yield from logits_gap(due, got)
+        yield from bitwise("logits", due, got)
         return
     due, got = due.log_softmax(-1), got.log_softmax(-1)
     gap = compare_tensors("log-probabilities", due, got, of_log_probabilities())

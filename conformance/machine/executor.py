@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
+from conformance.edits import edited
 from conformance.machine.state import Hook, State, fresh
-from conformance.observe import Observation, Recorder, edit_hook, hook_points, observe
+from conformance.observe import Observation, Recorder, canonical_points, observe, started
 from conformance.sites import Site, observable, sites
 from conformance.spec import MAX_SEED, Case, Edit, SpecError, Step
 from conformance.subjects import Subject, bridged
-from conformance.taps import Taps
+from conformance.taps import TappedCache, Taps
 
 # How the wrapping of a bridge shows in the names of its parameters.
 _WRAPPED = "._original_component"
@@ -40,6 +43,21 @@ class Original:
     state: State
     case: Case
     logits: torch.Tensor
+
+
+class _Chains(Recorder):
+    """Performs all edits of a site, one after the other, where a plain one knows the last."""
+
+    def begin(self, case: Case) -> None:
+        """Sort the run's edits."""
+        super().begin(case)
+        self._chains = {name: [e for e in case.run.edits if e.site == name] for name in self.edits}
+
+    def edit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor that all edits of a site leave."""
+        for edit in self._chains.get(name, ()):
+            tensor = edited(edit, tensor)
+        return tensor
 
 
 def named_parameters(bridge: TransformerBridge) -> dict[str, nn.Parameter]:
@@ -119,8 +137,7 @@ class Machine:
         kept = self._shown
         if kept is None or self.news:
             case = self.probe(len(self.taken))
-            seen = observe(self.truth(), self.as_reference(case), sites=self.sites, backward=False)
-            kept = self._shown = (self.state, case, seen)
+            kept = self._shown = (self.state, case, self.expected(case, looks=True))
         return kept[1:]
 
     def probe(self, seed: int) -> Case:
@@ -147,38 +164,40 @@ class Machine:
         )
         return Case(model=self.case.model, run=run)
 
-    def as_reference(self, case: Case, *more: Hook) -> Case:
+    def _as_reference(self, case: Case, *more: Hook) -> Case:
         """The same run with the edits that the hooks, and some more, make on the reference."""
         hooked = replace(self.state, hooks=(*self.state.hooks, *more))
         return replace(case, run=replace(case.run, edits=hooked.edits))
 
-    def tapped_sites(self, names: Iterable[str]) -> dict[str, Site]:
-        """Some sites to tap, for which taps must know where each attention begins."""
-        wanted = set(names)
-        begins = (name for name in self.sites if name.endswith("attn.hook_cos"))
-        wanted.update(begins if wanted else ())
-        return {name: site for name, site in self.sites.items() if name in wanted}
+    def expected(
+        self, case: Case, *more: Hook, looks: bool = False, backward: bool = False
+    ) -> Observation:
+        """The reference under the edits of the state's hooks, and of some more.
 
-    @contextmanager
-    def seeded(self, case: Case) -> Iterator[None]:
-        """The random state that a run of a case starts from."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(case.run.token_seed)
-            yield
-
-    @contextmanager
-    def tapped(self, case: Case) -> Iterator[Any]:
-        """The reference with the edits of a case, to be called in other ways than `observe`'s.
-
-        It must be given a `TappedCache`, which sees the keys.
+        Args:
+            case: The run.
+            more: Further hooks.
+            looks: Whether values and gradients of the sites are wanted.
+            backward: Whether gradients are.
         """
-        truth, recorder = self.truth(), Recorder(case)
-        truth.model.train(case.run.training)
-        wanted = self.tapped_sites(edit.site for edit in case.run.edits)
-        d_head, clamps = case.model.d_head, truth.clamps
-        taps = Taps(truth.model, wanted, recorder.visit, d_head=d_head, clamps=clamps, cached=True)
-        with taps.attached(), self.seeded(case), torch.no_grad():
-            yield truth.model
+        case = self._as_reference(case, *more)
+        sites = self.sites if looks or case.run.edits else None
+        return observe(self.truth(), case, sites=sites, backward=backward, recorder=_Chains())
+
+    @contextmanager
+    def tapped(self, case: Case) -> Iterator[tuple[Any, Callable[[], TappedCache]]]:
+        """The reference under the hooks of the state, to be called in other ways than `observe`'s.
+
+        Yields:
+            The model, and what makes the caches that it must be given: they see the keys.
+        """
+        case, truth, recorder = self._as_reference(case), self.truth(), _Chains()
+        recorder.begin(case)
+        model, d_head, clamps = truth.model, case.model.d_head, truth.clamps
+        taps = Taps(model, self.sites, recorder.visit, d_head=d_head, clamps=clamps)
+        taps.cached = True
+        with taps.attached(), started(truth, case), torch.no_grad():
+            yield model, partial(TappedCache, taps, config=model.config)
 
     def fires(self, name: str) -> bool:
         """Whether a forward of the bridge fires a site in the state.
@@ -199,13 +218,22 @@ class Machine:
 
     def function_of(self, held: Hook) -> HookFunction:
         """A hook as the function that a bridge takes."""
-        act = edit_hook(held.edit)
 
-        def function(tensor: torch.Tensor, hook: Any) -> torch.Tensor | None:
+        def function(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor | None:
             self.heard.append((held, tensor.detach().clone() if held.backward else None))
-            return None if held.backward else act(tensor, hook)
+            if held.backward:
+                return None
+            new = edited(held.edit, tensor)
+            if held.edit.kind != "in_place":
+                return new
+            tensor.copy_(new)
+            return None
 
         return function
+
+    def point(self, site: str) -> HookPoint:
+        """The bridge's hook point of a site."""
+        return canonical_points(self.bridge, self.known)[site]
 
     def name_of(self, site: str, seed: int) -> str:
         """One of the names of a site: the canonical one for seed 0."""
@@ -214,7 +242,7 @@ class Machine:
 
     def hook_counts(self, bridge: TransformerBridge) -> dict[str, tuple[int, int, int, int]]:
         """How many hooks each hook point has, as transformer_lens and as PyTorch keep them."""
-        points = hook_points(self.as_subject(bridge), self.known).items()
+        points = canonical_points(bridge, self.known).items()
         return {
             name: (
                 *(len(point.fwd_hooks), len(point.bwd_hooks)),

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from conformance.compare import Gap, compare_firing, compare_tensors, compare_values
+from conformance.compare import Gap, bitwise, compare_firing, compare_values, labelled
 from conformance.edits import edited
 from conformance.machine.executor import Machine, Original, named_parameters
 from conformance.machine.state import State, Tensors
 from conformance.observe import Observation, observe
 from conformance.spec import FLAGS
-from conformance.tolerance import exactly
 
 
 def gaps(machine: Machine) -> Iterator[Gap]:
@@ -30,18 +29,12 @@ def gaps(machine: Machine) -> Iterator[Gap]:
     machine.heard.clear()
     logits = observe(machine.subject, case, backward=False).logits
     yield from _heard(machine)
-    yield from logits_gap(expected.logits, logits, "logits, unobserved")
+    yield from bitwise("logits, unobserved", expected.logits, logits)
     if news:
-        actual = observe(machine.subject, case, sites=machine.sites, backward=False)
+        actual = observe(machine.subject, case, sites=machine.known, backward=False)
         yield from _every_value(machine, expected, actual)
     if machine.original is not None:
         yield from _stayed(machine, machine.original)
-
-
-def logits_gap(expected: torch.Tensor, actual: torch.Tensor, name: str = "logits") -> Iterator[Gap]:
-    """The gap between two tensors that must not differ in a bit, if there is one."""
-    gap = compare_tensors(name, expected, actual, exactly(expected.dtype))
-    yield from [gap] if gap else []
 
 
 def values_gaps(machine: Machine, expected: Observation, actual: Observation) -> Iterator[Gap]:
@@ -62,7 +55,7 @@ def _every_value(machine: Machine, expected: Observation, actual: Observation) -
     yield from compare_firing(due, sorted(fired, key=gated.index))
     for name, tensor in _gated_values(machine, expected.values).items():
         if name in actual.values:
-            yield from logits_gap(tensor, actual.values[name], name)
+            yield from bitwise(name, tensor, actual.values[name])
 
 
 def _standing(machine: Machine, bridge: TransformerBridge, state: State) -> Iterator[Gap]:
@@ -74,12 +67,12 @@ def _standing(machine: Machine, bridge: TransformerBridge, state: State) -> Iter
         if name not in state.weights:
             yield Gap(name, "extra", "a parameter that the reference has not")
             continue
-        yield from logits_gap(state.weights[name], parameter.detach(), name)
+        yield from bitwise(name, state.weights[name], parameter.detach())
         if parameter.requires_grad != (name not in state.frozen):
             yield Gap(name, "contract", f"requires_grad is {parameter.requires_grad}")
         due, got = state.gradients.get(name), parameter.grad
         if due is not None and got is not None:
-            yield from logits_gap(due, got, f"{name}.grad")
+            yield from bitwise(f"{name}.grad", due, got)
         elif due is not got:
             yield Gap(f"{name}.grad", "contract", f"is {'there' if due is None else 'gone'}")
     model: Any = bridge.original_model
@@ -158,7 +151,7 @@ def _masked(seen: Observation) -> Observation:
 
 def _stayed(machine: Machine, original: Original) -> Iterator[Gap]:
     """What was copied has not noticed anything of what the copy went through since."""
-    for gap in _standing(machine, original.bridge, original.state):
-        yield replace(gap, site=f"the copy's original: {gap.site}")
+    resting = _standing(machine, original.bridge, original.state)
+    yield from labelled("the copy's original", resting)
     again = observe(machine.as_subject(original.bridge), original.case, backward=False)
-    yield from logits_gap(original.logits, again.logits, "the copy's original: logits")
+    yield from bitwise("the copy's original: logits", original.logits, again.logits)

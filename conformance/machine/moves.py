@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from conformance.compare import Gap
+from conformance.compare import Gap, labelled
 from conformance.machine import invariant
 from conformance.machine.executor import Machine
 from conformance.spec import Step
@@ -69,14 +69,12 @@ def take(machine: Machine, step: Step) -> Iterator[Gap]:
 def act(machine: Machine, step: Step) -> Iterator[Gap]:
     """Do what a legal step says, to the bridge and to the state; the gaps of what came back."""
     machine.taken.append(step)
-    for gap in MOVES[step.kind].run(machine, step):
-        yield replace(gap, site=f"in {_last(machine)}: {gap.site}")
+    yield from labelled(f"in {_last(machine)}", MOVES[step.kind].run(machine, step))
 
 
 def compared(machine: Machine) -> Iterator[Gap]:
     """The gaps between the bridge and a fresh reference in the same state."""
-    for gap in invariant.gaps(machine):
-        yield replace(gap, site=f"after {_last(machine)}: {gap.site}")
+    yield from labelled(f"after {_last(machine)}", invariant.gaps(machine))
 
 
 def _last(machine: Machine) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from conformance.compare import Gap, compare_parameters
+from conformance.compare import Gap, bitwise, compare_parameters
 from conformance.inputs import inputs
 from conformance.machine.executor import Machine, named_parameters
-from conformance.machine.invariant import logits_gap, values_gaps
+from conformance.machine.invariant import values_gaps
 from conformance.machine.moves import move
-from conformance.machine.state import Hook
-from conformance.observe import Observation, observe
-from conformance.spec import Case, Step
+from conformance.machine.state import Tensors
+from conformance.observe import Observation, observe, options, started
+from conformance.spec import Step
 from conformance.subjects import SubjectError, at_work
-from conformance.taps import TappedCache
 
 NEW_TOKENS = 2
 
@@ -50,27 +49,6 @@ def gradient_seen(machine: Machine, step: Step) -> bool:
     return differentiable(machine, step) and machine.fires(step.site) and plain
 
 
-def _expected(
-    machine: Machine,
-    case: Case,
-    *more: Hook,
-    also: Iterable[str] = (),
-    backward: bool = False,
-) -> Observation:
-    """The reference under the edits of the state's hooks, and of some more."""
-    case = machine.as_reference(case, *more)
-    tapped = machine.tapped_sites([*(edit.site for edit in case.run.edits), *also])
-    return observe(machine.truth(), case, sites=tapped or None, backward=backward)
-
-
-def _given(case: Case) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The tokens and what else a call of the bridge is given."""
-    data = inputs(case)
-    rest = {"attention_mask": data.attention_mask, "position_ids": data.position_ids}
-    named: dict[str, Any] = {name: value for name, value in rest.items() if value is not None}
-    return data.tokens, {**named, "use_cache": case.run.use_cache}
-
-
 @move("forward")
 def forward(machine: Machine, step: Step) -> Iterator[Gap]:
     """As the case says, with a cache, in two chunks over a cache, or with padding."""
@@ -84,7 +62,7 @@ def forward(machine: Machine, step: Step) -> Iterator[Gap]:
     )
     case = replace(case, run=replace(case.run, **ways[step.seed % 4]))
     actual = observe(machine.subject, case, backward=False)
-    yield from logits_gap(_expected(machine, case).logits, actual.logits)
+    yield from bitwise("logits", machine.expected(case).logits, actual.logits)
 
 
 @move("backward", differentiable)
@@ -92,13 +70,11 @@ def backward(machine: Machine, step: Step) -> Iterator[Gap]:
     """The gradients accumulate, and each backward hook of the state sees its own once."""
     case, state = machine.probe(step.seed), machine.state
     listening = [hook for hook in state.hooks if hook.backward]
-    for name, gradient in state.gradients.items():
-        machine.truth().parameters[name].grad = gradient.clone()
-    also = [hook.site for hook in listening]
-    expected = _expected(machine, case, also=also, backward=True)
+    expected = machine.expected(case, looks=bool(listening), backward=True)
+    expected = replace(expected, parameter_gradients=_sums(state.gradients, expected))
     machine.heard.clear()
     actual = observe(machine.subject, case)
-    yield from logits_gap(expected.logits, actual.logits)
+    yield from bitwise("logits", expected.logits, actual.logits)
     got = machine.gradients()
     yield from compare_parameters(expected, replace(actual, parameter_gradients=got))
     fired = Counter(hook for hook, _ in machine.heard)
@@ -109,8 +85,17 @@ def backward(machine: Machine, step: Step) -> Iterator[Gap]:
             yield Gap(hook.site, "count", detail)
     for hook, seen in machine.heard:
         if seen is not None and hook.site in expected.gradients:
-            yield from logits_gap(expected.gradients[hook.site], seen, f"{hook.site}, backward")
+            yield from bitwise(f"{hook.site}, backward", expected.gradients[hook.site], seen)
     machine.now(gradients={name: held for name, held in got.items() if held is not None})
+
+
+def _sums(before: Tensors, seen: Observation) -> Mapping[str, torch.Tensor | None]:
+    """A run's gradients added to those that had accumulated before."""
+    found = dict(seen.parameter_gradients)
+    for name, gradient in before.items():
+        new = found[name]
+        found[name] = gradient if new is None else gradient + new
+    return found
 
 
 @move("zero_grad")
@@ -142,12 +127,12 @@ def run_with_hooks(machine: Machine, step: Step) -> Iterator[Gap]:
     named: Any = machine.name_of(step.site, step.seed // 2)
     if step.seed % 2:
         named = step.site.__eq__
-    tokens, given = _given(case)
-    with at_work("run_with_hooks"), machine.seeded(case), torch.no_grad():
+    tokens, given = inputs(case).tokens, options(machine.subject, case)
+    with at_work("run_with_hooks"), started(machine.subject, case), torch.no_grad():
         logits = machine.bridge.run_with_hooks(
             tokens, fwd_hooks=[(named, machine.function_of(hook))], **given
         )
-    yield from logits_gap(_expected(machine, case, hook).logits, logits)
+    yield from bitwise("logits", machine.expected(case, hook).logits, logits)
 
 
 @move("hooks_context", fires)
@@ -169,7 +154,7 @@ def hooks_context(machine: Machine, step: Step) -> Iterator[Gap]:
             raise
     for logits, hooks in zip(seen, ((outer, inner), (outer,)), strict=True):
         label = f"logits within {len(hooks)} contexts"
-        yield from logits_gap(_expected(machine, case, *hooks).logits, logits, label)
+        yield from bitwise(label, machine.expected(case, *hooks).logits, logits)
 
 
 @move("run_with_cache", differentiable)
@@ -180,14 +165,12 @@ def run_with_cache(machine: Machine, step: Step) -> Iterator[Gap]:
     """
     case = machine.probe(step.seed)
     picked = [name for name in machine.sites if step.seed % 2 == 0 or name.startswith("blocks.0.")]
-    tokens, given = _given(case)
-    with at_work("run_with_cache"), machine.seeded(case), torch.no_grad():
+    tokens, given = inputs(case).tokens, options(machine.subject, case)
+    with at_work("run_with_cache"), started(machine.subject, case), torch.no_grad():
         logits, cache = machine.bridge.run_with_cache(
             tokens, return_cache_object=False, names_filter=picked, **given
         )
-    expected = observe(
-        machine.truth(), machine.as_reference(case), sites=machine.sites, backward=False
-    )
+    expected = machine.expected(case, looks=True)
     held = {name: cache[name] for name in picked if name in cache}
     # The names of a cache are in no order; that of firing is seen elsewhere.
     actual = Observation(logits, values=held, fired=tuple(held))
@@ -200,17 +183,16 @@ def output_attentions(machine: Machine, step: Step) -> Iterator[Gap]:
     """Asked of the wrapped model."""
     case = machine.probe(step.seed)
     tokens, given = inputs(case).tokens, {"output_attentions": True, "use_cache": True}
-    with machine.tapped(machine.as_reference(case)) as model:
-        cache = TappedCache(config=model.config)
-        expected = model(tokens, past_key_values=cache, **given).attentions
-    with at_work("output_attentions=True"), machine.seeded(case), torch.no_grad():
+    with machine.tapped(case) as (model, new_cache):
+        expected = model(tokens, past_key_values=new_cache(), **given).attentions
+    with at_work("output_attentions=True"), started(machine.subject, case), torch.no_grad():
         bridged: Any = machine.bridge.original_model
         actual = bridged(tokens, **given).attentions or ()
     if len(actual) != len(expected):
         yield Gap("attentions", "count", f"{len(actual)} layers instead of {len(expected)}")
         return
     for block, (due, got) in enumerate(zip(expected, actual, strict=True)):
-        yield from logits_gap(due, got, f"attentions[{block}]")
+        yield from bitwise(f"attentions[{block}]", due, got)
 
 
 def has_room(machine: Machine, step: Step) -> bool:
@@ -223,14 +205,14 @@ def generate(machine: Machine, step: Step) -> Iterator[Gap]:
     """Greedily, with and without a cache; every hook acts at every token."""
     case, cached = machine.probe(step.seed), step.seed % 2 == 0
     tokens = inputs(case).tokens
-    with at_work("generate"), machine.seeded(case):
+    with at_work("generate"), started(machine.subject, case):
         made: Any = _generate(machine, tokens, cached)
-    with machine.tapped(machine.as_reference(case)) as model:
-        due, logits = _greedy(model, tokens, cached)
+    with machine.tapped(case) as (model, new_cache):
+        due, logits = _greedy(model, new_cache, tokens, cached)
     if made.sequences.tolist() != due.tolist():
         yield Gap("tokens", "value", f"{made.sequences.tolist()} instead of {due.tolist()}")
     for index, (wanted, got) in enumerate(zip(logits, made.logits, strict=True)):
-        yield from logits_gap(wanted, got, f"logits of new token {index}")
+        yield from bitwise(f"logits of new token {index}", wanted, got)
 
 
 def _generate(machine: Machine, tokens: torch.Tensor, cached: bool) -> Any:
@@ -246,7 +228,7 @@ def _generate(machine: Machine, tokens: torch.Tensor, cached: bool) -> Any:
 
 
 def _greedy(
-    model: Any, tokens: torch.Tensor, cached: bool
+    model: Any, new_cache: Callable[[], DynamicCache], tokens: torch.Tensor, cached: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What greedy decoding makes of a Hugging Face model, and the logits of every new token."""
     seen: list[torch.Tensor] = []
@@ -254,7 +236,7 @@ def _greedy(
     fed = tokens
     for _ in range(NEW_TOKENS):
         if cache is None or not cached:
-            cache = TappedCache(config=model.config)
+            cache = new_cache()
         logits = model(fed, past_key_values=cache, use_cache=True).logits[:, -1]
         seen.append(logits)
         tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
@@ -279,7 +261,7 @@ def failing_hook(machine: Machine, step: Step) -> Iterator[Gap]:
     """A hook raises: under run_with_hooks, in a context, beside a cache, in mid-generation."""
     case, bridge = machine.probe(step.seed), machine.bridge
     way = step.seed % 4
-    tokens, given = _given(case)
+    tokens, given = inputs(case).tokens, options(machine.subject, case)
     if way == 3 and not has_room(machine, step):
         way = 0
     named: list[Any] = [
@@ -287,7 +269,7 @@ def failing_hook(machine: Machine, step: Step) -> Iterator[Gap]:
     ]
     around = torch.no_grad() if machine.state.writes else nullcontext()
     try:
-        with at_work("a hook that raises"), machine.seeded(case), around:
+        with at_work("a hook that raises"), started(machine.subject, case), around:
             if way == 0:
                 bridge.run_with_hooks(tokens, fwd_hooks=named, **given)
             else:
@@ -310,7 +292,7 @@ def failing_hook(machine: Machine, step: Step) -> Iterator[Gap]:
 def failing_backward_hook(machine: Machine, step: Step) -> Iterator[Gap]:
     """A backward hook raises; the gradients that came so far are thrown away, as a user would."""
     case, bridge = machine.probe(step.seed), machine.bridge
-    due = step.site in _expected(machine, case, also=[step.site], backward=True).gradients
+    due = step.site in machine.expected(case, looks=True, backward=True).gradients
     name = machine.name_of(step.site, step.seed)
     raised = False
     try:
