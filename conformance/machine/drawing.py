@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
+from random import Random
 
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
@@ -43,7 +44,27 @@ _PROCESSING = tuple(
 )
 
 
-def _step(draw: DrawFn, model: ModelSpec, place: int) -> Step:
+@dataclass(frozen=True)
+class _Swarm:
+    """What the steps of one sequence are drawn from: half of all, so that they meet more often."""
+
+    kinds: tuple[str, ...]
+    flags: tuple[str, ...]
+    rows: tuple[str, ...]
+
+
+def _swarm(seed: int) -> _Swarm:
+    """Half of the kinds, two flags and four rows; of seed 0, everything."""
+    if not seed:
+        return _Swarm(KINDS, FLAGS, ROWS)
+    chance = Random(seed)
+    every = list(dict.fromkeys(KINDS))
+    half = chance.sample(every, len(every) // 2)
+    kinds = tuple(kind for kind in KINDS if kind in half)
+    return _Swarm(kinds, tuple(chance.sample(FLAGS, 2)), tuple(chance.sample(ROWS, 4)))
+
+
+def _step(draw: DrawFn, model: ModelSpec, swarm: _Swarm, place: int) -> Step:
     """Draw a step, legal or not: what the state forbids is left out when it is taken.
 
     No two places in a sequence draw from equal elements, and no strategy stands for a whole step,
@@ -53,14 +74,14 @@ def _step(draw: DrawFn, model: ModelSpec, place: int) -> Step:
     def one_of(elements: Sequence[str]) -> str:
         return draw(st.sampled_from(tuple(elements) * (1 + place)))
 
-    kind = one_of(KINDS)
+    kind = one_of(swarm.kinds)
     named: dict[str, str] = {}
     if kind in SITED_STEPS:
         blocks = [str(block) for block in range(model.num_hidden_layers)]
-        named["site"] = one_of(ROWS).replace("{i}", one_of(blocks))
+        named["site"] = one_of(swarm.rows).replace("{i}", one_of(blocks))
         named["edit"] = one_of(EDITS)
     if kind == "flag":
-        named["flag"] = one_of(FLAGS)
+        named["flag"] = one_of(swarm.flags)
     if kind == "cast":
         named["dtype"] = one_of(DTYPES)
     seed = draw(st.sampled_from(range(2**10 + place)))
@@ -71,7 +92,8 @@ def _step(draw: DrawFn, model: ModelSpec, place: int) -> Step:
 def _sequences(draw: DrawFn, model: ModelSpec) -> tuple[Step, ...]:
     # A fault needs a pair of steps, and pairs grow with the square of the length.
     count = draw(st.sampled_from((*range(1, MOST_STEPS), *[MOST_STEPS] * MOST_STEPS)))
-    return tuple(_step(draw, model, place) for place in range(count))
+    swarm = _swarm(draw(st.sampled_from(range(2**14))))
+    return tuple(_step(draw, model, swarm, place) for place in range(count))
 
 
 def models() -> SearchStrategy[ModelSpec]:
