@@ -11,7 +11,6 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from adapter import clip
 from adapter.attention import OlmoAttentionBridge
-from adapter.block import OlmoBlockBridge
 from adapter.compatibility import OlmoTransformerBridge
 from adapter.mlp import OlmoMLPBridge
 from adapter.unembedding import OlmoUnembeddingBridge
@@ -35,23 +34,6 @@ def flag_sticks(original: Any) -> Any:
         return bool(self._has_forked)
 
     return property(forks)
-
-
-@mutant(
-    "machine.mlp_in_sticks",
-    "use_hook_mlp_in, on and off",
-    CHECK,
-    OlmoBlockBridge,
-    "_read_use_hook_mlp_in",
-)
-def mlp_in_sticks(original: Any) -> Any:
-    """Hook_mlp_in goes on firing after its flag is off."""
-
-    def read(self: Any) -> bool:
-        self._was_on = getattr(self, "_was_on", False) or original(self)
-        return bool(self._was_on)
-
-    return read
 
 
 @mutant(
