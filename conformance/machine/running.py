@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -19,13 +18,9 @@ from conformance.machine.moves import move
 from conformance.machine.state import Tensors
 from conformance.observe import Observation, observe, options, started
 from conformance.spec import Step
-from conformance.subjects import SubjectError, at_work
+from conformance.subjects import at_work
 
 NEW_TOKENS = 2
-
-
-class _TroubleError(Exception):
-    """What a hook of a user raises."""
 
 
 def fires(machine: Machine, step: Step) -> bool:
@@ -135,28 +130,6 @@ def run_with_hooks(machine: Machine, step: Step) -> Iterator[Gap]:
     yield from bitwise("logits", machine.expected(case, hook).logits, logits)
 
 
-@move("hooks_context", fires)
-def hooks_context(machine: Machine, step: Step) -> Iterator[Gap]:
-    """One context within another, with the same hook in both; left normally or by an error."""
-    case, bridge = machine.probe(step.seed), machine.bridge
-    outer, inner = machine.hook_of(step), machine.hook_of(step)
-    name = machine.name_of(step.site, step.seed // 2)
-    seen = []
-    try:
-        with at_work("hooks()"), bridge.hooks(fwd_hooks=[(name, machine.function_of(outer))]):
-            with bridge.hooks(fwd_hooks=[(name, machine.function_of(inner))]):
-                seen.append(observe(machine.subject, case, backward=False).logits)
-            seen.append(observe(machine.subject, case, backward=False).logits)
-            if step.seed % 2:
-                raise _TroubleError
-    except SubjectError as error:
-        if not isinstance(error.__cause__, _TroubleError):
-            raise
-    for logits, hooks in zip(seen, ((outer, inner), (outer,)), strict=True):
-        label = f"logits within {len(hooks)} contexts"
-        yield from bitwise(label, machine.expected(case, *hooks).logits, logits)
-
-
 @move("run_with_cache", differentiable)
 def run_with_cache(machine: Machine, step: Step) -> Iterator[Gap]:
     """Everything, or one block's values, is in the cache.
@@ -206,7 +179,7 @@ def generate(machine: Machine, step: Step) -> Iterator[Gap]:
     case, cached = machine.probe(step.seed), step.seed % 2 == 0
     tokens = inputs(case).tokens
     with at_work("generate"), started(machine.subject, case):
-        made: Any = _generate(machine, tokens, cached)
+        made: Any = generated(machine, tokens, cached)
     with machine.tapped(case) as (model, new_cache):
         due, logits = _greedy(model, new_cache, tokens, cached)
     if made.sequences.tolist() != due.tolist():
@@ -215,7 +188,8 @@ def generate(machine: Machine, step: Step) -> Iterator[Gap]:
         yield from bitwise(f"logits of new token {index}", wanted, got)
 
 
-def _generate(machine: Machine, tokens: torch.Tensor, cached: bool) -> Any:
+def generated(machine: Machine, tokens: torch.Tensor, cached: bool) -> Any:
+    """What the bridge generates."""
     return machine.bridge.generate(
         tokens,
         max_new_tokens=NEW_TOKENS,
@@ -242,70 +216,3 @@ def _greedy(
         tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
         fed = tokens[:, -1:] if cached else tokens
     return tokens, seen
-
-
-def _raising(calls: int) -> Callable[..., None]:
-    """A hook that raises when it is called for the given time."""
-    left = [calls]
-
-    def hook(tensor: torch.Tensor, hook: Any) -> None:
-        left[0] -= 1
-        if not left[0]:
-            raise _TroubleError
-
-    return hook
-
-
-@move("failing_hook", lambda machine, step: machine.fires(step.site))
-def failing_hook(machine: Machine, step: Step) -> Iterator[Gap]:
-    """A hook raises: under run_with_hooks, in a context, beside a cache, in mid-generation."""
-    case, bridge = machine.probe(step.seed), machine.bridge
-    way = step.seed % 4
-    tokens, given = inputs(case).tokens, options(machine.subject, case)
-    if way == 3 and not has_room(machine, step):
-        way = 0
-    named: list[Any] = [
-        (machine.name_of(step.site, step.seed // 4), _raising(2 if way == 3 else 1))
-    ]
-    around = torch.no_grad() if machine.state.writes else nullcontext()
-    try:
-        with at_work("a hook that raises"), started(machine.subject, case), around:
-            if way == 0:
-                bridge.run_with_hooks(tokens, fwd_hooks=named, **given)
-            else:
-                with bridge.hooks(fwd_hooks=named):
-                    if way == 1:
-                        bridge(tokens, **given)
-                    elif way == 2:
-                        bridge.run_with_cache(tokens, **given)
-                    else:
-                        _generate(machine, tokens, cached=True)
-    except SubjectError as error:
-        if not isinstance(error.__cause__, _TroubleError):
-            raise
-    else:
-        yield Gap(step.site, "contract", "the error of a hook did not come out")
-    machine.now()  # what it may have left behind shows at sites before it does in logits
-
-
-@move("failing_backward_hook", gradient_seen)
-def failing_backward_hook(machine: Machine, step: Step) -> Iterator[Gap]:
-    """A backward hook raises; the gradients that came so far are thrown away, as a user would."""
-    case, bridge = machine.probe(step.seed), machine.bridge
-    due = step.site in machine.expected(case, looks=True, backward=True).gradients
-    name = machine.name_of(step.site, step.seed)
-    raised = False
-    try:
-        with at_work("a backward hook that raises"), bridge.hooks(bwd_hooks=[(name, _raising(1))]):
-            observe(machine.subject, case)
-    except SubjectError as error:
-        inner = error.__cause__
-        if not isinstance(
-            inner.__cause__ if isinstance(inner, SubjectError) else inner, _TroubleError
-        ):
-            raise
-        raised = True
-    if raised != due:
-        yield Gap(step.site, "contract", f"a backward hook {'raised' if raised else 'was silent'}")
-    bridge.zero_grad()
-    machine.now(gradients={})
