@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 
 from conformance.checks.registry import Adapter
 from conformance.checks.series import all_runs, built, gaps_of
+from conformance.garbage import rarely_collected
 from conformance.inputs import inputs
 from conformance.observe import plain_run, sites_of
 from conformance.spec import Case
@@ -154,6 +155,7 @@ def bench(
     """
     torch.set_num_threads(1)
     _one_series(adapter, drawn(1, seed)[0], _Clock())  # what is imported or cached at first use
+    rarely_collected()
     clocks: list[_Clock] = []
     counts, facts, shapes = [], 0, set()
     for repeat in range(repeats):

@@ -9,11 +9,14 @@ from typing import TypeVar
 
 import torch
 
+from conformance.garbage import rarely_collected
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 def _begin() -> None:
+    rarely_collected()
     torch.set_num_threads(1)  # on tiny tensors, threads only wait for each other
 
 

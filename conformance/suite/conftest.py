@@ -1,6 +1,5 @@
 """One thread a worker, and no model hub, whoever runs the suite."""
 
-import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +11,7 @@ import torch
 from hypothesis import settings
 
 from conformance.database import chosen_database
+from conformance.garbage import rarely_collected
 from conformance.profiles import DATABASE_VARIABLE
 
 torch.set_num_threads(1)
@@ -28,9 +28,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """All is imported: what that has made lives on, and need not be looked through for garbage.
-
-    That took a tenth of the time of the tests.
-    """
-    gc.collect()
-    gc.freeze()
+    """All is imported."""
+    rarely_collected()
