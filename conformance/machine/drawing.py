@@ -33,8 +33,9 @@ KINDS = (
     *("add_permanent_hook", "add_backward_hook", "remove_hooks", "reset_hooks", "reset_all_hooks"),
     *("flag",) * 3,
     *("train",) * 2,
-    *("eval", "cast", "cast", "load", "load", "freeze", "thaw"),
-    *("deepcopy", "deepcopy", "pickle", "compatibility", "compatibility", "prepare", "unpatch"),
+    *("eval", "cast", "cast", "load", "load", "freeze", "freeze", "thaw"),
+    *("deepcopy", "deepcopy", "pickle", "prepare", "unpatch"),
+    *("compatibility",) * 4,
 )
 # Post-clip hooks, which only some adapters have, are left to the checks that are about them.
 ROWS = tuple(site.name for site in TABLE if site.status in (Status.REQUIRED, Status.FLAGGED))

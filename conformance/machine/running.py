@@ -173,7 +173,20 @@ def has_room(machine: Machine, step: Step) -> bool:
     return machine.case.run.seq_len + NEW_TOKENS <= machine.case.model.max_position_embeddings
 
 
-@move("generate", has_room)
+def generates(machine: Machine, step: Step) -> bool:
+    """Whether what is generated can be compared.
+
+    Cosine and sine have one row for all or one for each, as transformer_lens tells the positions or
+    leaves them out: edits that depend on the number of rows then differ.
+    """
+    rowwise = ("noise", "replace", "one_row")
+    edits = [edit for edit in machine.state.edits if edit.kind in rowwise]
+    return has_room(machine, step) and not any(
+        edit.site.endswith(("hook_cos", "hook_sin")) for edit in edits
+    )
+
+
+@move("generate", generates)
 def generate(machine: Machine, step: Step) -> Iterator[Gap]:
     """Greedily, with and without a cache; every hook acts at every token."""
     case, cached = machine.probe(step.seed), step.seed % 2 == 0
