@@ -19,10 +19,13 @@ from conformance.profiles import (
     DEFAULT_PROFILE,
     DTYPES_VARIABLE,
     FAILURES,
+    LEDGER_OFF,
+    LEDGER_VARIABLE,
     PROFILE_VARIABLE,
     PROFILES,
     chosen,
     chosen_dtypes,
+    uses_ledger,
 )
 from conformance.spec import DTYPES, SpecError
 
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--adapter`` and ``--conformance-profile``."""
+    """``--adapter``, ``--conformance-profile``, ``--dtypes`` and ``--no-ledger``."""
     group = parser.getgroup("olmo-conformance")
     group.addoption(
         "--adapter",
@@ -50,6 +53,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME,NAME",
         help=f"Draw models of these dtypes only (default: {','.join(DTYPES)}).",
     )
+    group.addoption(
+        "--no-ledger",
+        action="store_true",
+        help="Fail on known defects, too: expect no failure that the ledger lists.",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -61,6 +69,8 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         if config.getoption(option):
             os.environ[variable] = config.getoption(option)
+    if config.getoption("--no-ledger"):
+        os.environ[LEDGER_VARIABLE] = LEDGER_OFF
     if hasattr(config, "workerinput"):
         return
     try:
@@ -98,6 +108,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         "with: " + ", ".join(_version(name) for name in packages),
         f"dtypes: {', '.join(chosen_dtypes())}; profile: {profile.name} "
         f"({profile.examples} examples a check of weight 1, {drawn})",
+        *([] if uses_ledger() else ["known defects: not expected (--no-ledger)"]),
     ]
 
 

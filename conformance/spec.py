@@ -328,6 +328,15 @@ def _from_mapping(kind: type[_Spec], body: object, where: str) -> _Spec:
         raise SpecError(where, sorted(body), f"a complete {kind.__name__} ({error})") from None
 
 
+def case_of(body: object, where: str = "case") -> Case:
+    """Build a case from decoded JSON or TOML; whatever is left out has its default.
+
+    Raises:
+        SpecError: If it is no table, names an unknown field or holds a bad value.
+    """
+    return _from_mapping(Case, body, where)
+
+
 def loads(text: str, source: str = "case") -> Record:
     """Read a record from JSON.
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 from transformers import OlmoConfig, OlmoForCausalLM
 from transformers.activations import ACT2FN
 
@@ -140,11 +140,28 @@ def hf_model(model: ModelSpec) -> OlmoForCausalLM:
     return built  # type: ignore[no-any-return]
 
 
+def _bridge_config(model: OlmoForCausalLM) -> Any:
+    """What transformer_lens itself makes of the model's configuration when it boots a bridge."""
+    name, dtype = "olmo-conformance", next(model.parameters()).dtype
+    sources = "transformer_lens.model_bridge.sources"
+    try:
+        builder = import_module(f"{sources}._bridge_builder")
+    except ModuleNotFoundError:
+        pass
+    else:
+        return builder.build_bridge_config_from_hf(model.config, ARCHITECTURE, name, dtype)
+    # Before 3.5 only a whole `boot`, which wants a checkpoint, does what follows.
+    mapped = import_module(f"{sources}.transformers").map_default_transformer_lens_config
+    config = import_module("transformer_lens.config").TransformerBridgeConfig.from_dict(
+        dict(vars(mapped(model.config)))
+    )
+    config.architecture, config.model_name, config.dtype = ARCHITECTURE, name, dtype
+    return config
+
+
 def make_adapter(adapter: type[ArchitectureAdapter], model: OlmoForCausalLM) -> ArchitectureAdapter:
     """The adapter under test, on the configuration that transformer_lens itself would give it."""
-    dtype = next(model.parameters()).dtype
-    config = build_bridge_config_from_hf(model.config, ARCHITECTURE, "olmo-conformance", dtype)
-    return adapter(config)
+    return adapter(_bridge_config(model))
 
 
 def reference(model: ModelSpec) -> Subject:
