@@ -83,7 +83,7 @@ class Showing:
     gap: Mapping[str, tuple[str, ...]]
     later: bool
     error: tuple[str, ...]
-    releases: SpecifierSet = SpecifierSet()
+    releases: SpecifierSet
 
     def meets(self, case: Case) -> bool:
         """Whether a case is one in which the defect can show."""

@@ -60,7 +60,7 @@ class Subject:
     under_test: bool = True
 
 
-def _rope_parameters(model: ModelSpec) -> dict[str, Any]:
+def rope_parameters(model: ModelSpec) -> dict[str, Any]:
     """What `rope_parameters` of a Hugging Face configuration needs for each type of RoPE."""
     half = max(model.max_position_embeddings // 2, 1)
     extra: dict[str, dict[str, Any]] = {
@@ -102,7 +102,7 @@ def hf_config(model: ModelSpec) -> OlmoConfig:
         vocab_size=model.vocab_size,
         max_position_embeddings=model.max_position_embeddings,
         hidden_act=model.hidden_act,
-        rope_parameters=_rope_parameters(model),
+        rope_parameters=rope_parameters(model),
         tie_word_embeddings=model.tie_word_embeddings,
         attention_bias=bool(model.biases),
         attention_dropout=model.attention_dropout,

@@ -34,7 +34,7 @@ class Verdict:
         outcome: What came of it.
         case: The case it came of: the smallest failing one, or the last that passed.
         gaps: All disagreements, in the order of execution.
-        reason: Why it errored or does not apply; or which known defects it showed.
+        reason: Why it errored or does not apply.
         known: The known defects that it showed, each with the number of cases.
         examples: How many cases were judged.
         seconds: Time it took.
@@ -54,6 +54,11 @@ class Verdict:
     def bad(self) -> bool:
         """Whether the adapter does not conform."""
         return self.outcome in (Outcome.FAILED, Outcome.ERRORED)
+
+    @property
+    def known_as(self) -> str:
+        """The known defects that it showed, in words."""
+        return ", ".join(f"{name} in {count}" for name, count in self.known)
 
     @property
     def summary(self) -> str:

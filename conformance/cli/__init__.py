@@ -10,7 +10,9 @@ import click
 
 from conformance.cli.base import Main
 from conformance.cli.check import check
+from conformance.cli.history import history
 from conformance.cli.replay import replay
+from conformance.cli.reproduce import reproduce
 
 
 @click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"]})
@@ -22,5 +24,5 @@ def main() -> None:
     """
 
 
-for command in (check, replay):
+for command in (check, history, replay, reproduce):
     main.add_command(command)

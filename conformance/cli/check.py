@@ -146,6 +146,8 @@ def check(
 
 def _first(verdict: Verdict) -> str:
     """Where a subject and the reference part, or why there is no saying: short, for the table."""
+    if verdict.outcome.value == "known":
+        return verdict.known_as
     if verdict.gaps:
         return f"{verdict.gaps[0].site}: {verdict.gaps[0].kind}"
     return textwrap.shorten(verdict.reason, 70, placeholder=" ...")

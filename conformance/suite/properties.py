@@ -54,6 +54,6 @@ def as_test(check: Check) -> Callable[[], None]:
         drawn()
         verdict = trial().verdict()
         if verdict.outcome is Outcome.KNOWN:
-            pytest.xfail(verdict.reason)
+            pytest.xfail(verdict.known_as)
 
     return whole
