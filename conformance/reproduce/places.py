@@ -7,12 +7,22 @@ from dataclasses import dataclass
 
 from conformance.reproduce.text import WIDTH
 from conformance.sites import Layout, Port, Site
-from conformance.spec import Edit
+from conformance.spec import Edit, ModelSpec
 
 # The inside of attention that is seen without copying Hugging Face's code.
 _SPIED = {Port.QUERY: "query", Port.KEY: "key"}
 # Which of a module's outputs a tensor is.
 _SECONDS = {Port.FIRST: 0, Port.SECOND: 1, Port.PATTERN: 1}
+
+
+# What the functions below are called with: they keep a tensor, or its gradient, in ``seen``.
+SEE = ["def see(x):", "    seen.append(x.detach().clone())"]
+WATCH = [
+    "def watch(x):",
+    "    x = x.view_as(x)",
+    "    x.register_hook(seen.append)",
+    "    return x.clone()",
+]
 
 
 class NoTemplateError(Exception):
@@ -25,15 +35,15 @@ class Place:
 
     Attributes:
         site: Of the table.
-        d_head: Size of a head.
+        model: The model's spec.
     """
 
     site: Site
-    d_head: int
+    model: ModelSpec
 
     def _in_layout(self, tensor: str) -> str:
         if self.site.layout is Layout.HEADS:
-            return f"{tensor}.unflatten(-1, (-1, {self.d_head}))"
+            return f"{tensor}.unflatten(-1, (-1, {self.model.d_head}))"
         return f"{tensor}.transpose(1, 2)" if self.site.layout is Layout.SWAPPED else tensor
 
     def _from_layout(self, tensor: str) -> str:
@@ -78,11 +88,14 @@ class Place:
         name, layer = _SPIED[self.site.port], self.site.module.split(".")[2]
         shown = f"{visit}({self._in_layout(name)})"
         line = f"{name} = {self._from_layout(shown)}" if gives_back else shown
+        if visit == "watch":  # nothing else uses it
+            kept = f"lambda grad: seen.append({self._in_layout('grad')})"
+            line = f"{name}.register_hook({kept})"
+        there = [f"    if module.layer_idx == {layer}:", f"        {line}"]
         return [
             "eager = modeling_olmo.eager_attention_forward",
             "def spy(module, query, key, *rest, **more):",
-            f"    if module.layer_idx == {layer}:",
-            f"        {line}",
+            *(there if self.model.num_hidden_layers > 1 else [f"    {line}"]),
             "    return eager(module, query, key, *rest, **more)",
             "modeling_olmo.eager_attention_forward = spy",
         ]
@@ -113,28 +126,19 @@ class Place:
         ]
 
     def value(self) -> list[str]:
-        """Keep the tensor as ``due``."""
-        return self._hooked("see", gives_back=False)
+        """Keep the tensor in ``seen``."""
+        return ["seen = []", *SEE, *self._hooked("see", gives_back=False)]
 
     def gradient(self) -> list[str]:
-        """Keep the gradient as ``due``: of this use of the tensor alone."""
+        """Keep the gradient in ``seen``: of this use of the tensor alone."""
         if self.site.port is Port.SCALE:
             raise NoTemplateError(f"{self.site.name} is inside a fused kernel")
-        return self._hooked("watch", gives_back=True)
+        watch = [] if self.site.port in _SPIED else WATCH
+        return ["seen = []", *watch, *self._hooked("watch", gives_back=True)]
 
     def edited(self) -> list[str]:
         """Go on with the edited tensor."""
         return self._hooked("edit", gives_back=True)
-
-
-# What the functions above are called with: they keep a tensor, or its gradient, in ``seen``.
-SEE = ["def see(x):", "    seen.append(x.detach().clone())"]
-WATCH = [
-    "def watch(x):",
-    "    x = x.view_as(x)",
-    "    x.register_hook(seen.append)",
-    "    return x.clone()",
-]
 
 
 def imports(lines: list[str]) -> dict[str, list[str]]:

@@ -44,9 +44,7 @@ def script_of(
             lines = [*above, "", *_body(verdict.case, act)]
             if len(lines) <= MOST_LINES:
                 return "\n".join(lines) + "\n"
-            reason = (
-                f"a script of {len(lines)} lines is more than {MOST_LINES}: take a smaller case"
-            )
+            reason = f"a script of {len(lines)} lines is too long: take a smaller case"
     except NoTemplateError as none:
         reason = str(none)
     raise SpecError("case", f"{name}: {verdict.summary}", f"one that a script shows; {reason}")
@@ -118,5 +116,5 @@ def _short(verdict: Verdict) -> str:
 
 def _docstring(title: str, expected: str, versions: dict[str, str]) -> list[str]:
     first = textwrap.shorten(title.replace("\\", "/"), WIDTH - 3, placeholder=" ...")
-    due = textwrap.wrap(f"Expected: {expected}", WIDTH, break_on_hyphens=False)
-    return [f'"""{first}', "", *due, f"Seen with {_seen_with(versions)}.", '"""']
+    told = f"Expected: {expected.rstrip('.')}. Seen with {_seen_with(versions)}."
+    return [f'"""{first}', *textwrap.wrap(told, WIDTH, break_on_hyphens=False), '"""']

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from conformance.compare import Gap
 from conformance.reproduce import text
-from conformance.reproduce.places import SEE, WATCH, NoTemplateError, Place, edit_function, imports
+from conformance.reproduce.places import NoTemplateError, Place, edit_function, imports
 from conformance.sites import Site, observable
 from conformance.spec import Case
 from conformance.verdict import Outcome, Verdict
@@ -36,10 +37,13 @@ Template = Callable[[Case, Verdict], Act | Iterator[Act]]
 TEMPLATES: dict[str, Template] = {}
 
 
-def template(*checks: str) -> Callable[[Template], Template]:
+_Function = TypeVar("_Function", bound=Template)
+
+
+def template(*checks: str) -> Callable[[_Function], _Function]:
     """Register a function as the template of some checks."""
 
-    def register(function: Template) -> Template:
+    def register(function: _Function) -> _Function:
         TEMPLATES.update(dict.fromkeys(checks, function))
         return function
 
@@ -64,12 +68,7 @@ def _edits(case: Case) -> list[str]:
     if edit.kind == "in_place":
         lines += ["def in_place(x, hook):", "    x.copy_(edit(x))"]
         hook = f'bridge.hook_dict["{edit.site}"].add_hook(in_place)'
-    return [*lines, *Place(site, case.model.d_head).edited(), hook]
-
-
-def _probe(case: Case) -> list[str]:
-    shape = (case.run.batch, case.run.seq_len, case.model.vocab_size)
-    return [f"probe = torch.randn({shape}, generator=draw).to(torch.{case.model.dtype})"]
+    return [*lines, *Place(site, case.model).edited(), hook]
 
 
 def _of_logits(case: Case) -> list[str]:
@@ -78,11 +77,8 @@ def _of_logits(case: Case) -> list[str]:
 
 def _of_parameter(case: Case, name: str) -> list[str]:
     return [
-        *_probe(case),
-        *text.run_model(case),
-        *text.run_bridge(case),
-        "for logits in (due, got):",
-        "    logits.backward(probe)",
+        *text.run_model(case, "", ".sum().backward()"),
+        *text.run_bridge(case, "", ".sum().backward()"),
         f'index = [name for name, _ in model.named_parameters()].index("{name}")',
         "both = (model, bridge.original_model)",
         "due, got = (list(each.parameters())[index].grad for each in both)",
@@ -92,23 +88,18 @@ def _of_parameter(case: Case, name: str) -> list[str]:
 
 def _of_site(case: Case, gap: Gap, site: Site) -> list[str]:
     """The value at a site, or its gradient, on both models."""
-    place, hook = Place(site, case.model.d_head), f'bridge.hook_dict["{site.name}"].add_hook'
+    place, hook = Place(site, case.model), f'bridge.hook_dict["{site.name}"].add_hook'
     shapes = gap.kind == "shape"
     if gap.kind == "gradient":
         return [
-            "seen = []",
-            *WATCH,
             *place.gradient(),
             f'{hook}(lambda grad, hook: seen.append(grad.clone()) or None, dir="bwd")',
-            *_probe(case),
-            *text.run_model(case, "", ".backward(probe)"),
-            *text.run_bridge(case, "", ".backward(probe)"),
+            *text.run_model(case, "", ".sum().backward()"),
+            *text.run_bridge(case, "", ".sum().backward()"),
             "due, got = seen",
             *text.verdict(f"gradient at {site.name}"),
         ]
     return [
-        "seen = []",
-        *SEE,
         *place.value(),
         f"{hook}(lambda x, hook: see(x))",
         *text.run_model(case, ""),
