@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from conformance.garbage import rarely_collected
 from conformance.spec import SpecError
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def get_ready() -> None:
     # A console script does not see the folder that it is called in. Last, to shadow nothing.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
+    rarely_collected()
     import torch
 
     torch.set_num_threads(1)  # on tiny tensors, threads only wait for each other

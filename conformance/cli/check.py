@@ -19,9 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from conformance import profiles
+from conformance.cli import real
 from conformance.cli.base import closing, exit_code, get_ready, json_file_in_a_folder
 from conformance.cli.progress import Progress
-from conformance.spec import DTYPES
+from conformance.spec import DTYPES, SpecError
 
 if TYPE_CHECKING:
     from conformance.verdict import Verdict
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Where a failing check leaves its case.",
 )
+@real.options
 @click.pass_context
 def check(
     ctx: click.Context,
@@ -86,8 +88,33 @@ def check(
     ledger: bool,
     json_file: Path | None,
     failures: Path,
+    model: str | None,
+    dtype: str | None,
+    device: str,
+    text: str | None,
+    tokens: int,
+    gradients: str,
 ) -> None:
-    """Judge an adapter under CHECKS: names, or surfaces (hooks is all of hooks.*); else all."""
+    """Judge an adapter under CHECKS: names, or surfaces (hooks is all of hooks.*); else all.
+
+    With --model, judge it on one real checkpoint instead.
+    """
+    if model is not None:
+        if checks:
+            raise SpecError("model", model, f"without CHECKS, of which there is {checks[0]!r}")
+        ctx.exit(
+            real.check_model(
+                model,
+                adapter,
+                dtype=dtype,
+                device=device,
+                text=text,
+                tokens=tokens,
+                gradients=gradients,
+                seed=seed or 0,
+                json_file=json_file,
+            )
+        )
     on = profiles.profile(profile)
     if examples is not None:
         on = dataclasses.replace(on, examples=examples)
