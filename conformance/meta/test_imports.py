@@ -34,9 +34,22 @@ def test_importing_is_light(module: str, heavy: tuple[str, ...]) -> None:
 # What the kit takes from transformer_lens, all of which is there since 3.0.0. Anything newer is for
 # the check that needs it to import, inside `at_work`.
 SINCE_3_0 = {
+    ("transformer_lens", "FactoredMatrix"),
+    ("transformer_lens.config", "TransformerBridgeConfig"),
+    ("transformer_lens.factories.architecture_adapter_factory", "ArchitectureAdapterFactory"),
     ("transformer_lens.hook_points", "HookPoint"),
     ("transformer_lens.model_bridge", "TransformerBridge"),
     ("transformer_lens.model_bridge.architecture_adapter", "ArchitectureAdapter"),
+    ("transformer_lens.model_bridge.generalized_components", "AttentionBridge"),
+    ("transformer_lens.model_bridge.generalized_components", "BlockBridge"),
+    ("transformer_lens.model_bridge.generalized_components", "EmbeddingBridge"),
+    ("transformer_lens.model_bridge.generalized_components", "LinearBridge"),
+    ("transformer_lens.model_bridge.generalized_components", "MLPBridge"),
+    ("transformer_lens.model_bridge.generalized_components", "NormalizationBridge"),
+    ("transformer_lens.model_bridge.generalized_components", "RotaryEmbeddingBridge"),
+    ("transformer_lens.model_bridge.generalized_components", "UnembeddingBridge"),
+    ("transformer_lens.model_bridge.generalized_components.base", "GeneralizedComponent"),
+    ("transformer_lens.utilities.slice", "Slice"),
 }
 
 

@@ -320,22 +320,3 @@ def cache(case: Case, verdict: Verdict) -> Act:
 def no_cache(case: Case, verdict: Verdict) -> Iterator[Act]:
     """As any run, but that it has no cache."""
     return run(replace(case, run=replace(case.run, use_cache=False, chunks=1)), verdict)
-
-
-@template("precision.attention_alone")
-def attention_alone(case: Case, verdict: Verdict) -> Act:
-    """The attention of the first block, called alone."""
-    shape = (case.run.batch, case.run.seq_len, case.model.hidden_size)
-    lines = [
-        f"hidden = torch.randn({shape}, generator=draw).to(torch.{case.model.dtype})",
-        "mask = torch.full(2 * hidden.shape[1:2], torch.finfo(hidden.dtype).min).triu(1)",
-        "rotary = model.model.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])",
-        "given = {'position_embeddings': rotary, "
-        "'attention_mask': mask[None, None].to(hidden.dtype)}",
-        "due, _ = model.model.layers[0].self_attn(hidden_states=hidden, **given)",
-        'print("expected, as of Hugging Face\'s attention:", due.flatten()[:4])',
-        "got, *_ = bridge.blocks[0].attn(hidden_states=hidden, **given)",
-    ]
-    if verdict.outcome is not Outcome.ERRORED:
-        lines += text.verdict("the attention's output")
-    return Act(lines, feeds=False)
