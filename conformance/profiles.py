@@ -16,6 +16,8 @@ DEFAULT_ADAPTER = "adapter:OlmoArchitectureAdapter"
 ADAPTER_VARIABLE = "OLMO_CONFORMANCE_ADAPTER"
 PROFILE_VARIABLE = "OLMO_CONFORMANCE_PROFILE"
 DTYPES_VARIABLE = "OLMO_CONFORMANCE_DTYPES"
+LEDGER_VARIABLE = "OLMO_CONFORMANCE_LEDGER"
+LEDGER_OFF = "off"
 DATABASE_VARIABLE = "OLMO_CONFORMANCE_EXAMPLE_DATABASE"
 
 
@@ -77,3 +79,8 @@ def dtypes(names: str) -> tuple[str, ...]:
 def chosen_dtypes() -> tuple[str, ...]:
     """The dtypes that the environment names, or all."""
     return dtypes(os.environ.get(DTYPES_VARIABLE, ",".join(DTYPES)))
+
+
+def uses_ledger() -> bool:
+    """Whether what the ledger of known defects explains counts as known: unless turned off."""
+    return os.environ.get(LEDGER_VARIABLE) != LEDGER_OFF

@@ -422,6 +422,32 @@ def _from_mapping(kind: type[_Spec], body: object, where: str) -> _Spec:
         raise SpecError(where, sorted(body), f"a complete {kind.__name__} ({error})") from None
 
 
+def case_of(body: object, where: str = "case") -> Case:
+    """Build a case from decoded JSON or TOML; whatever is left out has its default.
+
+    Raises:
+        SpecError: If it is no table, names an unknown field or holds a bad value.
+    """
+    return _from_mapping(Case, body, where)
+
+
+def sparse(case: Case) -> dict[str, Any]:
+    """A case as JSON has it, but only what differs from the defaults; `case_of` reads it."""
+
+    def differing(spec: object, default: object) -> dict[str, Any]:
+        names = [item.name for item in dataclasses.fields(spec)]  # type: ignore[arg-type]
+        values = {name: (getattr(spec, name), getattr(default, name)) for name in names}
+        return {name: value for name, (value, usual) in values.items() if value != usual}
+
+    model, run = differing(case.model, ModelSpec()), differing(case.run, RunSpec())
+    if case.run.edits:
+        run["edits"] = [
+            {"site": edit.site, **differing(edit, Edit(site=edit.site))} for edit in case.run.edits
+        ]
+    body = {"model": model, "run": run, "tokens": [list(row) for row in case.tokens]}
+    return {name: part for name, part in body.items() if part}
+
+
 def loads(text: str, source: str = "case") -> Record:
     """Read a record from JSON.
 
