@@ -12,8 +12,10 @@ from conformance.checks import (
     hooks,
     interventions,
     layernorm,
+    loading,
     patch,
     precision,
+    text,
 )
 from conformance.checks.registry import REGISTRY, Check, judge, require
 
@@ -32,7 +34,9 @@ __all__ = [
     "interventions",
     "judge",
     "layernorm",
+    "loading",
     "patch",
     "precision",
     "require",
+    "text",
 ]

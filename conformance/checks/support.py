@@ -1,8 +1,11 @@
-"""What several checks share: what an adapter offers, and whether a clip binds."""
+"""What several checks share: what an adapter offers, whether a clip binds, loading by name."""
 
 from __future__ import annotations
 
 import inspect
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
@@ -10,7 +13,7 @@ from conformance.checks.registry import Adapter
 from conformance.observe import observe
 from conformance.sites import observable
 from conformance.spec import Case
-from conformance.subjects import reference
+from conformance.subjects import ARCHITECTURE, reference
 from conformance.verdict import NotApplicable
 
 
@@ -35,3 +38,28 @@ def within_clip(case: Case) -> bool:
         for key, tensor in seen.items()
         if key.partition("#")[0].endswith(projected)
     )
+
+
+@contextmanager
+def registered(adapter: Adapter) -> Iterator[None]:
+    """Let ``boot_transformers`` take the adapter for OLMo, for a while.
+
+    The registry belongs to the process. transformer_lens offers no way to take an adapter out
+    again, so the one before is put back.
+    """
+    # Imported first, this module is circular in transformer_lens 4.0.
+    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+
+    before = ArchitectureAdapterFactory._adapters[ARCHITECTURE]
+    ArchitectureAdapterFactory.register_adapter(ARCHITECTURE, adapter)
+    try:
+        yield
+    finally:
+        ArchitectureAdapterFactory.register_adapter(ARCHITECTURE, before)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep off the screen what transformers and transformer_lens say of their progress."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield

@@ -6,10 +6,12 @@ from conformance.mutants import (
     gradients,
     hooks,
     layernorm,
+    loading,
     mlp,
     patch,
     rotary,
     sites,
+    text,
     weights,
 )
 from conformance.mutants.catalogue import CATALOGUE, Mutant
@@ -25,9 +27,11 @@ __all__ = [
     "hooks",
     "kill",
     "layernorm",
+    "loading",
     "mlp",
     "patch",
     "rotary",
     "sites",
+    "text",
     "weights",
 ]
