@@ -7,7 +7,7 @@ from typing import Any
 
 Record = dict[str, Any]
 
-WIDTH, HEIGHT, LEFT, BOTTOM = 640, 320, 48, 40
+WIDTH, HEIGHT, LEFT, RIGHT, BOTTOM = 640, 320, 48, 24, 40
 SHAPE = (
     "hidden_size",
     "intermediate_size",
@@ -23,6 +23,16 @@ KINDS = {"previous": "previous token", "induction": "induction"}
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     rules = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rules, *rows))
+
+
+def _clipped_in_all(record: Record) -> float:
+    """The share of all entries: q has more of them, as it has more heads."""
+    heads = record["shape"]["num_attention_heads"]
+    groups = record["shape"]["num_key_value_heads"]
+    weights = {"q": heads, "k": groups, "v": groups}
+    clipped = record["clipped"]
+    total = sum(weights[letter] * share for layer in clipped for letter, share in layer.items())
+    return float(total / (len(clipped) * sum(weights.values())))
 
 
 def _scores(record: Record) -> str:
@@ -92,7 +102,8 @@ what TransformerLens prepends where there is no BOS.
 
 ## Clipped entries
 
-Share of the entries of q, k and v that exceed the clip, over the held-out text.
+Share of the entries of q, k and v that exceed the clip, over the held-out text: \
+{100 * _clipped_in_all(record):.1f} % in all.
 
 {clipped}
 
@@ -105,11 +116,10 @@ Mean attention paid on random tokens that are repeated after {record["period"]}:
 
 ## Made again
 
-`python -m training` trains it again ({record["steps"]:,} steps, some ten minutes on one core) and
-compares; `--until N` stops early, at a step of which the hash is recorded. The weights are the same
-bit for bit on the same versions: {made}. Where they are not, it says
-which versions differ.
-`python -m training --write` writes this folder anew.
+`python -m training` trains it again ({record["steps"]:,} steps, four minutes of one core) and
+compares; `--until N` stops early, `--write` writes this folder anew. On the same versions the
+weights are the same bit for bit; where they are not, it says which versions differ. Recorded with
+{made}.
 """
 
 
@@ -119,7 +129,7 @@ def curve(record: Record) -> str:
     top, last = max(max(batch, held) for _, batch, held in losses), losses[-1][0]
 
     def x(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - 10) * step / last
+        return LEFT + (WIDTH - LEFT - RIGHT) * step / last
 
     def y(loss: float) -> float:
         return 10 + (HEIGHT - BOTTOM - 10) * (1 - loss / top)
