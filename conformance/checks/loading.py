@@ -25,7 +25,7 @@ from conformance.compare import Gap, compare_parameters, compare_tensors
 from conformance.data import TRAINED
 from conformance.observe import observe
 from conformance.spec import DTYPES, PROJECTIONS, Case
-from conformance.strategies import cases, model_specs, on_trained
+from conformance.strategies import GEOMETRIES, cases, model_specs, on_trained
 from conformance.subjects import Subject, at_work, hf_model
 from conformance.tolerance import exactly
 
@@ -34,13 +34,17 @@ INDEX = "model.safetensors.index.json"
 SHARD = 32  # bytes: a file for each tensor, also of the smallest drawn model
 
 
-def saved_cases() -> SearchStrategy[Case]:
+def saved_cases(geometries: SearchStrategy[str] = GEOMETRIES) -> SearchStrategy[Case]:
     """Cases that Hugging Face can save: it knows all biases or none. A quarter are trained."""
-    models = model_specs(biases=st.sampled_from(((), PROJECTIONS)))
+    models = model_specs(biases=st.sampled_from(((), PROJECTIONS)), geometries=geometries)
     trained = st.sampled_from((False, False, False, True))
-    return st.builds(
-        lambda case, on: on_trained(case) if on else case, cases(models=models), trained
-    )
+    drawn = cases(models=models)
+    return st.builds(lambda case, on: on_trained(case) if on else case, drawn, trained)
+
+
+def common_cases() -> SearchStrategy[Case]:
+    """Cases whose configuration is one of any model: Llama wants its heads to divide its width."""
+    return saved_cases(st.sampled_from(("divided", "stated")))
 
 
 def save(case: Case, home: Path, layout: str) -> Path:
@@ -250,7 +254,7 @@ FAULTS_A_CASE = 4
     "loading.refusal",
     "A directory with a missing file, another architecture or a damaged shard is refused with an "
     "error that names it.",
-    saved_cases,
+    common_cases,
     examples=0.3,
 )
 def refusal(adapter: Adapter, case: Case) -> Iterator[Gap]:
