@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -14,10 +13,10 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
-from safetensors.torch import load_file, save_file
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import OlmoForCausalLM
 
+from conformance.checks.damage import FAULTS
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import quiet, registered
@@ -30,8 +29,8 @@ from conformance.subjects import Subject, at_work, hf_model
 from conformance.tolerance import exactly
 
 LAYOUTS = ("one file", "shards", "snapshot")
-INDEX = "model.safetensors.index.json"
 SHARD = 32  # bytes: a file for each tensor, also of the smallest drawn model
+FAULTS_A_CASE = 4
 
 
 def saved_cases(geometries: SearchStrategy[str] = GEOMETRIES) -> SearchStrategy[Case]:
@@ -138,116 +137,6 @@ def by_name(adapter: Adapter, case: Case) -> Iterator[Gap]:
     expected, actual = observe(truth, case), observe(subject, case)
     yield from logits_gap(expected, actual)
     yield from compare_parameters(expected, actual)
-
-
-# What is done to a directory, and what an error must name.
-Fault = Callable[[Path], str]
-
-
-def _shard(directory: Path) -> Path:
-    return sorted(directory.glob("model-*.safetensors"))[-1]
-
-
-def _configured(directory: Path, **changes: object) -> None:
-    path = directory / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def _absent(directory: Path) -> str:
-    shutil.rmtree(directory)
-    return directory.name
-
-
-def _no_config(directory: Path) -> str:
-    (directory / "config.json").unlink()
-    return directory.name
-
-
-def _broken(name: str) -> Fault:
-    def fault(directory: Path) -> str:
-        path = directory / name
-        path.write_text(path.read_text()[:-9])
-        return name
-
-    return fault
-
-
-def _unknown_type(directory: Path) -> str:
-    _configured(directory, model_type="olmoz", architectures=["OlmozForCausalLM"])
-    return "olmoz"
-
-
-def _no_language_model(directory: Path) -> str:
-    _configured(directory, architectures=["OlmoModel"])
-    return "OlmoModel"
-
-
-def _other_type(directory: Path) -> str:
-    _configured(directory, model_type="llama")
-    return "llama"
-
-
-def _no_weights(directory: Path) -> str:
-    for path in directory.glob("model*"):
-        path.unlink()
-    return directory.name
-
-
-def _no_shard(directory: Path) -> str:
-    path = _shard(directory)
-    path.unlink()
-    return path.name
-
-
-def _cut(keep: Callable[[bytes], bytes]) -> Fault:
-    def fault(directory: Path) -> str:
-        path = _shard(directory)
-        path.write_bytes(keep(path.read_bytes()))
-        return path.name
-
-    return fault
-
-
-def _rewritten(change: Callable[[dict[str, torch.Tensor], str], object]) -> Fault:
-    def fault(directory: Path) -> str:
-        path = _shard(directory)
-        tensors = load_file(path)
-        name = sorted(tensors)[0]
-        change(tensors, name)
-        save_file(tensors, path, metadata={"format": "pt"})
-        return name
-
-    return fault
-
-
-def _no_tokenizer(directory: Path) -> str:
-    for path in directory.glob("tokenizer*"):
-        path.unlink()
-    return "tokenizer"
-
-
-FAULTS: dict[str, Fault] = {
-    "no such directory": _absent,
-    "no config.json": _no_config,
-    "config.json is cut": _broken("config.json"),
-    "an unknown model_type": _unknown_type,
-    "no language model": _no_language_model,
-    "another model_type": _other_type,
-    "no weights": _no_weights,
-    "the index is cut": _broken(INDEX),
-    "a shard is missing": _no_shard,
-    "a shard is empty": _cut(lambda content: b""),
-    "a shard's header is cut": _cut(lambda content: content[:40]),
-    "a shard's end is cut": _cut(lambda content: content[:-2]),
-    "a shard is a pointer": _cut(lambda content: b"version https://git-lfs.github.com/spec/v1\n"),
-    "a tensor is missing": _rewritten(lambda tensors, name: tensors.pop(name)),
-    "a tensor has another shape": _rewritten(
-        lambda tensors, name: tensors.update({name: tensors[name][:-1].contiguous()})
-    ),
-    "no tokenizer": _no_tokenizer,
-    "tokenizer.json is cut": _broken("tokenizer.json"),
-}
-FAULTS_A_CASE = 4
 
 
 @check(

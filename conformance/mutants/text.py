@@ -130,7 +130,13 @@ def last_is_first(original: Any) -> Any:
     return position
 
 
-@mutant("text.prompt_without_bos", "texts together", "text.generation", OlmoTextBridge, "to_tokens")
+@mutant(
+    "text.prompt_without_bos",
+    "texts together",
+    "continuation.generation",
+    OlmoTextBridge,
+    "to_tokens",
+)
 def prompt_without_bos(original: Any) -> Any:
     """Prompts of a batch, which are not cut, get no BOS."""
 
@@ -141,7 +147,9 @@ def prompt_without_bos(original: Any) -> Any:
     return to_tokens
 
 
-@mutant("text.uncached_short", "no cache", "text.generation", OlmoTransformerBridge, "generate")
+@mutant(
+    "text.uncached_short", "no cache", "continuation.generation", OlmoTransformerBridge, "generate"
+)
 def uncached_short(original: Any) -> Any:
     """Without a cache the last token that was asked for is not generated."""
 
@@ -155,7 +163,7 @@ def uncached_short(original: Any) -> Any:
 @mutant(
     "text.characters_broken",
     "a character of several tokens",
-    "text.streaming",
+    "continuation.streaming",
     OlmoTransformerBridge,
     "generate_stream",
 )
@@ -173,7 +181,7 @@ def characters_broken(original: Any) -> Any:
 @mutant(
     "text.end_lost",
     "pieces of several tokens",
-    "text.streaming",
+    "continuation.streaming",
     OlmoTransformerBridge,
     "generate_stream",
 )
