@@ -11,6 +11,7 @@ from conformance.mutants import (
     hook_api,
     hooks,
     layernorm,
+    loading,
     machine,
     mlp,
     modes,
@@ -20,6 +21,7 @@ from conformance.mutants import (
     sites,
     states,
     surface,
+    text,
     training,
     weights,
 )
@@ -41,6 +43,7 @@ __all__ = [
     "hooks",
     "kill",
     "layernorm",
+    "loading",
     "machine",
     "mlp",
     "modes",
@@ -50,6 +53,7 @@ __all__ = [
     "sites",
     "states",
     "surface",
+    "text",
     "training",
     "weights",
 ]
