@@ -24,7 +24,7 @@ class OlmoTransformerBridge(OlmoTextBridge, WholeStateBridge):
     # Hooks are Python that comes and goes between two calls. Traced, every one of them breaks the
     # graph, a change of them compiles anew, and an older PyTorch fails at it. So torch.compile
     # leaves a bridge as it is: a compiled one runs eagerly, hooks and all.
-    forward = torch.compiler.disable(WholeStateBridge.forward)  # type: ignore[no-untyped-call]
+    forward = torch.compiler.disable(OlmoTextBridge.forward)  # type: ignore[no-untyped-call]
 
     def enable_compatibility_mode(
         self,
