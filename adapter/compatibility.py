@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from transformer_lens.model_bridge import TransformerBridge
+from adapter.calls import OlmoCalls
 
 
-class OlmoTransformerBridge(TransformerBridge):
+class OlmoTransformerBridge(OlmoCalls):
     """A TransformerBridge that refuses or skips what is not legal for OLMo.
 
     TransformerLens decides about weight processing in the bridge and tells an architecture adapter
