@@ -3,6 +3,7 @@
 from conformance.checks import (
     alive,
     biases,
+    calls,
     clamp,
     compatibility,
     configuration,
@@ -14,6 +15,7 @@ from conformance.checks import (
     layernorm,
     patch,
     precision,
+    returns,
 )
 from conformance.checks.registry import REGISTRY, Check, judge, require
 
@@ -22,6 +24,7 @@ __all__ = [
     "Check",
     "alive",
     "biases",
+    "calls",
     "clamp",
     "compatibility",
     "configuration",
@@ -35,4 +38,5 @@ __all__ = [
     "patch",
     "precision",
     "require",
+    "returns",
 ]

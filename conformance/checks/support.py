@@ -1,16 +1,21 @@
-"""What several checks share: what an adapter offers, and whether a clip binds."""
+"""What several checks share: what an adapter offers, whether a clip binds, one tensor compared."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from typing import Any
 
+import torch
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 from conformance.checks.registry import Adapter
+from conformance.compare import Gap, compare_tensors
 from conformance.observe import observe
 from conformance.sites import observable
 from conformance.spec import Case
-from conformance.subjects import reference
+from conformance.subjects import Subject, reference
+from conformance.tolerance import Allowance, exactly
 from conformance.verdict import NotApplicable
 
 
@@ -35,3 +40,23 @@ def within_clip(case: Case) -> bool:
         for key, tensor in seen.items()
         if key.partition("#")[0].endswith(projected)
     )
+
+
+def differing(
+    name: str,
+    expected: torch.Tensor,
+    actual: torch.Tensor,
+    allowance: Allowance | None = None,
+    *,
+    kind: str = "value",
+) -> Iterator[Gap]:
+    """The gap between two tensors, if there is one; bit for bit where nothing is allowed."""
+    allowed = allowance if allowance is not None else exactly(expected.dtype)
+    gap = compare_tensors(name, expected, actual, allowed, kind=kind)
+    yield from [gap] if gap else []
+
+
+def bridge_of(subject: Subject) -> Any:
+    """The bridge of a bridged subject."""
+    assert subject.bridge is not None
+    return subject.bridge
