@@ -188,3 +188,16 @@ def of_other_attention(greatest: float) -> Allowance:
     """
     reason = "2e-5 of the greatest entry: sdpa adds in another order"
     return Allowance(0.0, 2e-5 * greatest, reason)
+
+
+def of_chunks(expected: torch.Tensor) -> Allowance:
+    """The allowance of logits that were computed a chunk at a time over a cache.
+
+    Args:
+        expected: The reference's, in one forward. The products have other sizes, and so add in
+            another order: the reference itself, fed in chunks, was at most 2.8e-6 of the greatest
+            entry off over 2,500 drawn cases in float32 and float64. A wrong position or a lost key
+            is off by a tenth.
+    """
+    greatest = float(expected.abs().max()) if expected.numel() else 0.0
+    return Allowance(0.0, 1e-5 * greatest, "1e-5 of the greatest entry: products of other sizes")
