@@ -11,6 +11,8 @@ from conformance.checks import (
     configuration,
     copies,
     forward,
+    generation,
+    generation_hooks,
     gradients,
     hooks,
     interventions,
@@ -18,6 +20,7 @@ from conformance.checks import (
     patch,
     precision,
     returns,
+    sampling,
 )
 from conformance.checks.registry import REGISTRY, Check, judge, require
 
@@ -34,6 +37,8 @@ __all__ = [
     "configuration",
     "copies",
     "forward",
+    "generation",
+    "generation_hooks",
     "gradients",
     "hooks",
     "interventions",
@@ -43,4 +48,5 @@ __all__ = [
     "precision",
     "require",
     "returns",
+    "sampling",
 ]
