@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
-from transformers import StoppingCriteria
 
 from conformance.checks.caches import from_the_seed
 from conformance.checks.registry import Adapter, check
@@ -101,8 +100,9 @@ def by_hugging_face(
         if mask is not None:  # of padding it would derive others
             given["position_ids"] = derived_positions(mask)
     around = nullcontext() if watched is None else watched(truth).attached()
+    model: Any = truth.model
     with from_the_seed(case, truth), around:
-        return Text.of(truth.model.generate(**given))
+        return Text.of(model.generate(**given))
 
 
 def bridge_options(case: Case, data: Inputs, **options: Any) -> dict[str, Any]:
@@ -201,73 +201,3 @@ def embeddings(adapter: Adapter, case: Case) -> Iterator[Gap]:
         whole = by_hugging_face(case, data)
         expected = Text(whole.tokens[:, case.run.seq_len :], whole.logits)
     yield from differing_texts(expected, by_bridge(generating(case, adapter), case, data, prompt))
-
-
-class EndsIn(StoppingCriteria):
-    """Stops each row that ends in a token."""
-
-    def __init__(self, token: int) -> None:
-        self.token = token
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Which rows stop, ``[batch]``."""
-        return input_ids[:, -1] == self.token
-
-
-@check(
-    "generation.options",
-    "repetition_penalty and stopping_criteria do what they do in Hugging Face's generate; "
-    "temperature 0 is greedy, and greedy generation heeds no freq_penalty.",
-    generating_cases,
-    examples=0.3,
-)
-def options(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """One of them, by the seed."""
-    data = inputs(case)
-    plain = by_hugging_face(case, data)
-    new = plain.tokens[:, case.run.seq_len :]
-    stop = EndsIn(int(new[-1, 0]))
-    end = int(new[0, -1])
-    # A penalty of 2 rounds nothing in any dtype.
-    ways: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
-        ({"repetition_penalty": 2.0}, {"repetition_penalty": 2.0}),
-        (
-            {"stopping_criteria": [stop], "eos_token_id": end, "pad_token_id": end},
-            {"stopping_criteria": stop, "eos_token_id": end, "stop_at_eos": True},
-        ),
-        ({}, {"do_sample": True, "temperature": 0.0}),
-        ({}, {"freq_penalty": 3.0}),
-    )
-    # Padding is penalized as if it were text: penalties-count-padding in known_defects.toml.
-    allowed = ways if data.attention_mask is None else ways[1:]
-    theirs, ours = allowed[case.run.token_seed % len(allowed)]
-    expected = by_hugging_face(case, data, **theirs)
-    yield from differing_texts(expected, by_bridge(generating(case, adapter), case, data, **ours))
-
-
-@check(
-    "generation.stream",
-    "generate_stream gives the prompt and the tokens of generate, in pieces of the asked size; "
-    "return_input_tokens gives the prompt beside the tokens.",
-    generating_cases,
-    examples=0.2,
-)
-def stream(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Pieces of two tokens, or of more than there are."""
-    data = inputs(case)
-    expected = by_hugging_face(case, data).tokens
-    size = 2 if case.run.token_seed % 2 else 100
-    asked = bridge_options(case, data)
-    subject = generating(case, adapter)
-    with from_the_seed(case, subject), at_work("generate_stream"):
-        told = bridge_of(subject).generate_stream(data.tokens, max_tokens_per_yield=size, **asked)
-        pieces = list(told)
-    yield from differing("tokens of the stream", expected, torch.cat(pieces, dim=1))
-    for index, piece in enumerate(pieces[1:-1], start=1):
-        if piece.shape[1] != size:
-            yield Gap(f"piece {index}", "count", f"{piece.shape[1]} tokens instead of {size}")
-    subject = generating(case, adapter)
-    with from_the_seed(case, subject), at_work("return_input_tokens"):
-        both = bridge_of(subject).generate(data.tokens, return_input_tokens=True, **asked)
-    for name, due, got in zip(("tokens", "prompt"), (expected, data.tokens), both, strict=True):
-        yield from differing(name, due, got)

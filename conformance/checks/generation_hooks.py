@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from hypothesis.strategies import SearchStrategy
 from transformer_lens.hook_points import HookPoint
 from transformers import Cache
 
-from conformance.checks.caches import Chunk, from_the_seed
 from conformance.checks.chunks import hooks_at
 from conformance.checks.generation import (
     bridge_options,
@@ -32,9 +30,8 @@ from conformance.inputs import inputs
 from conformance.observe import Observation, Recorder, hook_points, sites_of
 from conformance.spec import Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs
-from conformance.subjects import Subject, at_work, reference
-from conformance.taps import TappedCache, Taps
-from conformance.tolerance import of_value
+from conformance.subjects import Subject, at_work
+from conformance.taps import Taps
 
 FIRST = "embed.hook_in"  # of every forward
 _NOTHING = torch.empty(0)
@@ -132,19 +129,14 @@ def _state(subject: Subject, *, drawn: bool) -> dict[str, Any]:
     }
 
 
+def settled_models() -> SearchStrategy[ModelSpec]:
+    """Models that do not remember how long a text was, as dynamic RoPE does."""
+    return model_specs(rope_types=st.sampled_from(("default", "linear", "llama3", "yarn")))
+
+
 def settled_cases() -> SearchStrategy[Case]:
-    """Generations of models that do not remember how long a text was, as dynamic RoPE does."""
-    types = st.sampled_from(("default", "linear", "llama3", "yarn"))
-    return cases(models=model_specs(rope_types=types), runs=generating_runs)
-
-
-def single_texts() -> SearchStrategy[Case]:
-    """Settled generations of one row, in eval mode, with a cache."""
-    types = st.sampled_from(("default", "linear", "llama3", "yarn"))
-    one = {"batches": st.just(1), "trainings": st.just(False), "caches": st.just(True)}
-    return cases(
-        models=model_specs(rope_types=types), runs=lambda model: generating_runs(model, **one)
-    )
+    """Generations of `settled_models`."""
+    return cases(models=settled_models(), runs=generating_runs)
 
 
 @check(
@@ -200,9 +192,9 @@ def leaves_nothing(adapter: Adapter, case: Case) -> Iterator[Gap]:
             seen.clear()
             with at_work(way), torch.random.fork_rng(devices=[], enabled=drawn):
                 act()
-            now = _state(subject, drawn=drawn)
+            left = _state(subject, drawn=drawn)
             for what in state:
-                if now[what] != state[what]:
+                if left[what] != state[what]:
                     yield Gap(what, "contract", f"is not what it was before {way}")
             for name, due in zip(user, firings, strict=True):
                 if seen.count(name) != due:
@@ -212,40 +204,5 @@ def leaves_nothing(adapter: Adapter, case: Case) -> Iterator[Gap]:
         for point in points.values():
             point.remove_hooks("both", including_permanent=True)
     after = [x for x in (data.tokens, data.attention_mask) if x is not None]
-    for name, due, got in zip(("tokens", "attention_mask"), before, after, strict=False):
-        yield from differing(f"the user's {name}", due, got)
-
-
-@check(
-    "generation.cache_of_activations",
-    "return_cache gives, beside the tokens, every hook's activation of the whole text, as the "
-    "reference computes it under the prompt's mask.",
-    single_texts,
-    examples=0.2,
-)
-def cache_of_activations(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """One row, as transformer_lens asks, and a cache of keys, which its last forward makes."""
-    data = inputs(case)
-    text = by_hugging_face(case, data).tokens
-    subject = generating(case, adapter)
-    with from_the_seed(case, subject), at_work("return_cache"):
-        asked = bridge_options(case, data, return_cache=True)
-        tokens, cache = bridge_of(subject).generate(data.tokens, **asked)
-    yield from differing("tokens", text, tokens)
-    mask = data.attention_mask
-    if mask is not None:
-        mask = torch.cat([mask, mask.new_ones(1, steps_of(case))], dim=1)
-    whole = Chunk(replace(data, tokens=text, attention_mask=mask), 0, text.shape[1])
-    truth = reference(case.model)
-    sites = sites_of(subject, case)
-    recorder = Recorder(case)
-    around: dict[str, Any] = {"d_head": case.model.d_head, "clamps": truth.clamps, "cached": True}
-    with from_the_seed(case, truth), Taps(truth.model, sites, recorder.visit, **around).attached():
-        whole.logits(truth, TappedCache(config=truth.model.config))
-    for name, site in sites.items():
-        due = recorder.values[name]
-        if name not in cache:
-            yield Gap(name, "missing", "not in the cache")
-            continue
-        allowance = of_value(site, name, recorder.values)
-        yield from differing(name, due, cache[name], allowance)
+    for name, kept, now in zip(("tokens", "attention_mask"), before, after, strict=False):
+        yield from differing(f"the user's {name}", kept, now)

@@ -109,7 +109,7 @@ def draws(adapter: Adapter, case: Case) -> Iterator[Gap]:
     if case.run.token_seed % 2:
         theirs |= {"eos_token_id": END, "pad_token_id": END}
         asked |= {"eos_token_id": END, "stop_at_eos": True}
-    neutral = {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
+    neutral: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
     expected = by_hugging_face(case, data, **theirs, **neutral)
     actual = by_bridge(generating(case, adapter), case, data, do_sample=True, **asked)
     yield from differing_texts(expected, actual)
@@ -145,6 +145,8 @@ def hugging_face(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """One way by the seed; the mask, the ends and the cache by it too."""
     data, seed = inputs(case), case.run.token_seed
     name = list(_WAYS)[seed % len(_WAYS)]
+    if name == "sampling beams" and case.model.dtype == "float64":
+        name = "sampling"  # Hugging Face draws from NaN there
     given: dict[str, Any] = {
         "max_new_tokens": steps_of(case),
         "output_logits": True,
@@ -159,15 +161,16 @@ def hugging_face(adapter: Adapter, case: Case) -> Iterator[Gap]:
     truth = reference(case.model)
     subject = generating(case, adapter)
     if endless:  # the configuration has an end, which the call takes away
-        for model in (truth.model, subject.model):
-            model.generation_config.eos_token_id = END
+        for each in (truth.model, subject.model):
+            each.generation_config.eos_token_id = END
     record = {"return_dict_in_generate": True, "use_cache": case.run.use_cache}
     free = {"eos_token_id": None} if endless else {}
+    model: Any = truth.model
     with from_the_seed(case, truth):
-        expected: Any = truth.model.generate(data.tokens, **given, **told, **record, **free)
+        expected = model.generate(data.tokens, **given, **told, **record, **free)
     with from_the_seed(case, subject), at_work(f"hf_generate, {name}"):
         asked = {**told, "stop_at_eos": not endless, "use_past_kv_cache": case.run.use_cache}
-        actual: Any = bridge_of(subject).hf_generate(data.tokens, **given, **asked)
+        actual = bridge_of(subject).hf_generate(data.tokens, **given, **asked)
     due, got = (
         dict(item for key in output for item in _tensors(key, output[key]))
         for output in (expected, actual)

@@ -3,5 +3,3 @@ from conformance.suite.properties import as_test
 
 test_greedy = as_test(generation.greedy)
 test_embeddings = as_test(generation.embeddings)
-test_options = as_test(generation.options)
-test_stream = as_test(generation.stream)

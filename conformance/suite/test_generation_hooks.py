@@ -3,4 +3,3 @@ from conformance.suite.properties import as_test
 
 test_hooks = as_test(generation_hooks.hooks)
 test_leaves_nothing = as_test(generation_hooks.leaves_nothing)
-test_cache_of_activations = as_test(generation_hooks.cache_of_activations)
