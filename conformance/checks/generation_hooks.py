@@ -199,6 +199,10 @@ def leaves_nothing(adapter: Adapter, case: Case) -> Iterator[Gap]:
             for name, due in zip(user, firings, strict=True):
                 if seen.count(name) != due:
                     yield Gap(name, "count", f"fired {seen.count(name)} times in {way}, not {due}")
+        with at_work("a forward"), torch.no_grad():
+            bridge(data.tokens)
+        if held := _state(subject, drawn=True)["caches"]:
+            yield Gap("caches", "extra", f"a later forward leaves one in {held[0]}")
         yield from differing_texts(expected, by_bridge(subject, case, data))
     finally:
         for point in points.values():

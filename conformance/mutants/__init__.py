@@ -2,7 +2,10 @@
 
 from conformance.mutants import (
     attention,
+    caches,
+    calls,
     clamp,
+    generation,
     gradients,
     hooks,
     layernorm,
@@ -20,7 +23,10 @@ __all__ = [
     "Kill",
     "Mutant",
     "attention",
+    "caches",
+    "calls",
     "clamp",
+    "generation",
     "gradients",
     "hooks",
     "kill",
