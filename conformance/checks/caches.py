@@ -14,7 +14,7 @@ from hypothesis.strategies import SearchStrategy
 from transformers import Cache, DynamicCache, StaticCache
 
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import differing
+from conformance.checks.support import bitwise
 from conformance.compare import Gap
 from conformance.inputs import Inputs, derived_positions, inputs
 from conformance.spec import Case, ModelSpec, RunSpec
@@ -89,7 +89,7 @@ def differing_caches(expected: Cache, actual: Cache) -> Iterator[Gap]:
         yield Gap("cache", "count", told)
     for index, (due, got) in enumerate(zip(expected.layers, actual.layers, strict=False)):
         for name in ("keys", "values"):
-            yield from differing(f"cache.{index}.{name}", getattr(due, name), getattr(got, name))
+            yield from bitwise(f"cache.{index}.{name}", getattr(due, name), getattr(got, name))
 
 
 def _new_cache(case: Case, subject: Subject) -> Cache:
@@ -126,7 +126,7 @@ def handed_over(adapter: Adapter, case: Case) -> Iterator[Gap]:
                 with at_work("going on with a cache"):
                     actual.append(chunk.logits(subject, shared))
     for index, (wanted, got) in enumerate(zip(expected, actual, strict=True)):
-        yield from differing(f"logits#{index}", wanted, got)
+        yield from bitwise(f"logits#{index}", wanted, got)
     yield from differing_caches(due, shared)
 
 
@@ -154,7 +154,7 @@ def returned(adapter: Adapter, case: Case) -> Iterator[Gap]:
         for index, chunk in enumerate(chunks):
             with at_work("return_type='logits_and_cache'"):
                 logits, back = chunk.forward(subject, cache, return_type="logits_and_cache")
-            yield from differing(f"logits#{index}", expected[index], logits)
+            yield from bitwise(f"logits#{index}", expected[index], logits)
             if not isinstance(back, Cache):
                 yield Gap(f"cache#{index}", "missing", f"a {type(back).__name__} was returned")
                 return
@@ -235,5 +235,5 @@ def surgery(adapter: Adapter, case: Case) -> Iterator[Gap]:
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
     with at_work(f"going on after {name}"):
         actual, cache = run(subject)
-    yield from differing(f"logits after {name}", expected, actual)
+    yield from bitwise(f"logits after {name}", expected, actual)
     yield from differing_caches(due, cache)

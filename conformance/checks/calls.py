@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +13,7 @@ from hypothesis.strategies import SearchStrategy
 from conformance.checks.forward import logits_gap
 from conformance.checks.layernorm import wide_cases
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of, differing
+from conformance.checks.support import bitwise, bridge_of, in_one_forward, within
 from conformance.compare import Gap, compare_parameters
 from conformance.inputs import Inputs, derived_positions, inputs
 from conformance.observe import observe
@@ -22,11 +21,6 @@ from conformance.spec import Case
 from conformance.strategies import cases, run_specs
 from conformance.subjects import Subject, at_work, bridged, reference
 from conformance.tolerance import of_other_attention
-
-
-def one_forward(case: Case, **changes: Any) -> Case:
-    """The same case fed in one chunk, with other changes of its run."""
-    return replace(case, run=replace(case.run, chunks=1, **changes))
 
 
 def told(case: Case, data: Inputs, *, derived: bool) -> dict[str, Any]:
@@ -64,7 +58,7 @@ def differing_gradients(
     """The gaps between two sets of gradients, which must be of the same parameters."""
     yield from unpaired(expected, actual)
     for name in expected.keys() & actual.keys():
-        yield from differing(f"{name}{of}", expected[name], actual[name], kind="gradient")
+        yield from bitwise(f"{name}{of}", expected[name], actual[name], kind="gradient")
 
 
 @check(
@@ -76,7 +70,7 @@ def differing_gradients(
 )
 def embeddings(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The tokens' own embeddings, every other time moved to where no token has one."""
-    case = one_forward(case)
+    case = in_one_forward(case)
     data = inputs(case)
     truth = reference(case.model)
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
@@ -106,13 +100,13 @@ def embeddings(adapter: Adapter, case: Case) -> Iterator[Gap]:
         actual.backward(data.probe.to(actual.dtype))  # type: ignore[no-untyped-call]
         got = taken_gradients(subject)
         of_tokens = run(subject, data.tokens) if of_a_text else actual
-    yield from differing("logits", expected, actual)
-    yield from differing("logits of the tokens", expected, of_tokens)
+    yield from bitwise("logits", expected, actual)
+    yield from bitwise("logits of the tokens", expected, of_tokens)
     assert theirs.grad is not None
     if ours.grad is None:
         yield Gap("embeddings", "missing", "no gradient reached them")
     else:
-        yield from differing("embeddings", theirs.grad, ours.grad, kind="gradient")
+        yield from bitwise("embeddings", theirs.grad, ours.grad, kind="gradient")
     yield from differing_gradients(taken_gradients(truth), got)
 
 
@@ -143,7 +137,7 @@ def _forms(mask: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[str, torch.
 )
 def masks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Every form, against the reference's int64. A 4-D mask comes with its positions."""
-    case = one_forward(case, training=False)
+    case = in_one_forward(case, training=False)
     data = inputs(case)
     assert data.attention_mask is not None
     expected = observe(reference(case.model), case, backward=False).logits
@@ -152,7 +146,7 @@ def masks(adapter: Adapter, case: Case) -> Iterator[Gap]:
         given = {**told(case, data, derived=not is_flat), "attention_mask": mask}
         with at_work(name), torch.no_grad():
             actual = bridge(data.tokens, **given)
-        yield from differing(f"logits, {name}", expected, actual)
+        yield from bitwise(f"logits, {name}", expected, actual)
 
 
 def single_rows() -> SearchStrategy[Case]:
@@ -169,7 +163,7 @@ def single_rows() -> SearchStrategy[Case]:
 )
 def tokens(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Each form, in eval mode."""
-    case = one_forward(case, training=False)
+    case = in_one_forward(case, training=False)
     data = inputs(case)
     expected = observe(reference(case.model), case, backward=False).logits
     bridge = bridge_of(bridged(case.model, adapter, prepared=case.run.prepared)).eval()
@@ -183,7 +177,7 @@ def tokens(adapter: Adapter, case: Case) -> Iterator[Gap]:
     for name, (given, options) in forms.items():
         with at_work(name), torch.no_grad():
             actual = bridge(given, **options)
-        yield from differing(f"logits, {name}", expected, actual)
+        yield from bitwise(f"logits, {name}", expected, actual)
 
 
 @check(
@@ -210,7 +204,7 @@ def sdpa(adapter: Adapter, case: Case) -> Iterator[Gap]:
 )
 def sdpa_reference(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """In eval mode: sdpa draws another dropout. A padding token's own row is nobody's promise."""
-    case = one_forward(case, training=False)
+    case = in_one_forward(case, training=False)
     data = inputs(case)
     mask = data.attention_mask
     real = torch.ones_like(data.tokens) if mask is None else mask
@@ -232,4 +226,4 @@ def sdpa_reference(adapter: Adapter, case: Case) -> Iterator[Gap]:
     greatest = max(float(due.abs().max()) for name, due in expected.items() if name != "logits")
     for name in expected.keys() & actual.keys():
         scale = float(expected[name].abs().max()) if name == "logits" else greatest
-        yield from differing(name, expected[name], actual[name], of_other_attention(scale))
+        yield from within(of_other_attention(scale), name, expected[name], actual[name])

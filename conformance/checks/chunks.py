@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,17 +12,17 @@ from transformer_lens.hook_points import HookPoint
 from transformers import DynamicCache
 
 from conformance.checks.caches import chunked_runs, chunks_of, differing_caches, from_the_seed
-from conformance.checks.calls import one_forward
 from conformance.checks.interventions import edited_runs
 from conformance.checks.layernorm import wide_models
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of, differing
+from conformance.checks.support import bitwise, bridge_of, in_one_forward, within
 from conformance.compare import Gap, compare_values
 from conformance.inputs import inputs
 from conformance.observe import Observation, Recorder, observe, sites_of
+from conformance.sites import Site
 from conformance.spec import Case, ModelSpec, RunSpec
 from conformance.strategies import cases
-from conformance.subjects import at_work, bridged, reference
+from conformance.subjects import Subject, at_work, bridged, reference
 from conformance.taps import TappedCache, Taps
 from conformance.tolerance import of_chunks
 
@@ -41,7 +41,7 @@ def wide_chunked_cases() -> SearchStrategy[Case]:
 )
 def whole(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """In eval mode: each chunk draws its own dropout."""
-    at_once = one_forward(case, training=False)
+    at_once = in_one_forward(case, training=False)
     data = inputs(case)
     expected = observe(reference(case.model), at_once, backward=False).logits
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
@@ -51,7 +51,7 @@ def whole(adapter: Adapter, case: Case) -> Iterator[Gap]:
     mask = data.attention_mask
     real = torch.ones_like(data.tokens, dtype=torch.bool) if mask is None else mask.bool()
     due, got = expected[real], torch.cat(pieces, dim=1)[real]
-    yield from differing("logits", due, got, of_chunks(due))
+    yield from within(of_chunks(due), "logits", due, got)
 
 
 def hooks_at(names: Iterable[str], recorder: Recorder) -> list[tuple[str, Any]]:
@@ -63,12 +63,23 @@ def hooks_at(names: Iterable[str], recorder: Recorder) -> list[tuple[str, Any]]:
     def at(name: str) -> Any:
         def see(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor | None:
             left = recorder.edit(name, tensor)
-            recorder.value(name, left)
+            recorder.value(name, left.detach().clone())
             return None if left is tensor else left
 
         return see
 
     return [(name, at(name)) for name in names]
+
+
+def tapping(truth: Subject, case: Case, sites: Mapping[str, Site], recorder: Recorder) -> Taps:
+    """Taps on a reference that show the recorder each site, and edit what it edits."""
+    recorder.begin(case)
+    clamps, see = truth.clamps, recorder.see
+    taps = Taps(
+        truth.model, sites, recorder.visit, d_head=case.model.d_head, clamps=clamps, see=see
+    )
+    taps.cached, taps.editing = case.run.use_cache, recorder.edits
+    return taps
 
 
 def second_chunk_cases() -> SearchStrategy[Case]:
@@ -96,27 +107,31 @@ def edits(adapter: Adapter, case: Case) -> Iterator[Gap]:
     sites = sites_of(subject, case)
     first, second, third = chunks_of(case, inputs(case))
 
-    theirs, due = Recorder(case), TappedCache(config=truth.model.config)
-    around: dict[str, Any] = {"d_head": case.model.d_head, "clamps": truth.clamps, "cached": True}
-    with from_the_seed(case, truth):
-        expected = [first.logits(truth, due)]
-        with Taps(truth.model, sites, theirs.visit, **around).attached():
-            expected.append(second.logits(truth, due))
-        expected.append(third.logits(truth, due))
+    theirs, ours = Recorder(), Recorder()
+    taps = tapping(truth, case, sites, theirs)
+    due = TappedCache(taps, config=truth.model.config)
+    expected, seen = [], []
+    with from_the_seed(case, truth), taps.attached():
+        for chunk in (first, second, third):
+            theirs.begin(case)
+            taps.editing = theirs.edits if chunk is second else ()
+            expected.append(chunk.logits(truth, due))
+            seen.append(theirs.values)
 
-    ours, cache = Recorder(case), DynamicCache(config=subject.model.config)
+    cache = DynamicCache(config=subject.model.config)
     bridge = bridge_of(subject)
+    ours.begin(case)
     with from_the_seed(case, subject), at_work("hooks on the second chunk"):
         actual = [first.logits(subject, cache)]
         with bridge.hooks(fwd_hooks=hooks_at(sites, ours)):
             actual.append(second.logits(subject, cache))
         actual.append(third.logits(subject, cache))
 
-    yield from differing("logits of the first chunk", expected[0], actual[0])
+    yield from bitwise("logits of the first chunk", expected[0], actual[0])
     yield from compare_values(
-        Observation(expected[1], theirs.values),
+        Observation(expected[1], seen[1]),
         Observation(actual[1], ours.values, fired=tuple(ours.fired)),
         sites,
     )
-    yield from differing("logits of the third chunk", expected[2], actual[2])
+    yield from bitwise("logits of the third chunk", expected[2], actual[2])
     yield from differing_caches(due, cache)

@@ -18,7 +18,7 @@ from conformance.checks.registry import Adapter, check
 from conformance.compare import Gap, compare_tensors
 from conformance.inputs import inputs
 from conformance.observe import observe, sites_of
-from conformance.spec import PROCESSING, Case, ModelSpec, RunSpec
+from conformance.spec import PADDINGS, PROCESSING, Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs, run_specs
 from conformance.subjects import Subject, at_work, bridged, reference
 from conformance.tolerance import of_log_probabilities
@@ -26,21 +26,27 @@ from conformance.tolerance import of_log_probabilities
 ACTIVATIONS = ("silu", *sorted(set(ACT2FN) - {"silu"}))
 
 
-def processed_cases() -> SearchStrategy[Case]:
-    """Float32 cases with every activation that Hugging Face knows and any set of processing."""
+def processed_runs(
+    model: ModelSpec, paddings: tuple[str, ...] = PADDINGS
+) -> SearchStrategy[RunSpec]:
+    """Runs in eval mode with any set of processing."""
     # Every set at once, for Hypothesis makes near-copies of draws that are alike.
     sets = [some for size in range(len(PROCESSING) + 1) for some in combinations(PROCESSING, size)]
     asked = st.sampled_from(sets)
+    padded = st.sampled_from(paddings)
+    drawn = run_specs(
+        model, paddings=padded, trainings=st.just(False), positions=st.just("derived")
+    )
+    return st.builds(lambda run, flags: replace(run, processing=flags), drawn, asked)
 
-    def runs(model: ModelSpec) -> SearchStrategy[RunSpec]:
-        drawn = run_specs(model, trainings=st.just(False), positions=st.just("derived"))
-        return st.builds(lambda run, flags: replace(run, processing=flags), drawn, asked)
 
+def processed_cases() -> SearchStrategy[Case]:
+    """Float32 cases with every activation that Hugging Face knows and any set of processing."""
     models = model_specs(dtypes=st.just("float32"), activations=st.sampled_from(ACTIVATIONS))
-    return cases(models=models, runs=runs)
+    return cases(models=models, runs=processed_runs)
 
 
-def _process(subject: Subject, case: Case) -> list[str]:
+def process(subject: Subject, case: Case) -> list[str]:
     """Turn compatibility mode on with the case's processing; the warnings that it gave."""
     assert subject.bridge is not None
     flags = {name: name in case.run.processing for name in PROCESSING}
@@ -68,7 +74,7 @@ def log_probabilities(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """With and without biases, clip and grouped heads, for every activation."""
     expected = observe(reference(case.model), case, backward=False)
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
-    _process(subject, case)
+    process(subject, case)
     actual = observe(subject, case, backward=False)
     due = _log_probabilities(expected.logits, case)
     got = _log_probabilities(actual.logits, case)
@@ -92,7 +98,7 @@ def value_biases(adapter: Adapter, case: Case) -> Iterator[Gap]:
     run = replace(case.run, training=False, processing=("fold_value_biases",))
     case = replace(case, run=run)
     subject = bridged(case.model, adapter, prepared=run.prepared)
-    said = _process(subject, case)
+    said = process(subject, case)
     assert subject.bridge is not None
     legal = case.model.clip_qkv is None
     for block in range(case.model.num_hidden_layers):
@@ -127,7 +133,7 @@ def refusal(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield Gap("refactor_factored_attn_matrices", "contract", "was not refused")
         return
     yield from logits_gap(before, observe(subject, case, backward=False), "logits after a refusal")
-    _process(subject, case)
+    process(subject, case)
     after = observe(subject, case, backward=False)
     due = _log_probabilities(before.logits, case)
     got = _log_probabilities(after.logits, case)
@@ -145,7 +151,7 @@ def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Counted at each hook point; its aliases are other names of the same."""
     case = replace(case, run=replace(case.run, chunks=1))
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
-    _process(subject, case)
+    process(subject, case)
     assert subject.bridge is not None
     fired: Counter[str] = Counter()
     # By the names of hook_dict: a hook point's own name is a legacy one in this mode.
@@ -168,7 +174,7 @@ def trains(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Processed weights are other tensors than the model's, but not detached ones."""
     case = replace(case, run=replace(case.run, chunks=1))
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
-    _process(subject, case)
+    process(subject, case)
     bridge = subject.bridge
     assert bridge is not None
     with at_work("a backward in compatibility mode"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from hypothesis.strategies import SearchStrategy
 
 from conformance.checks.caches import from_the_seed
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of, differing
+from conformance.checks.support import bitwise, bridge_of
 from conformance.compare import Gap
 from conformance.inputs import Inputs, derived_positions, inputs
 from conformance.spec import Case, ModelSpec, RunSpec
@@ -94,12 +94,14 @@ def by_hugging_face(
     if "inputs_embeds" not in given:
         given["inputs"] = data.tokens
     truth = reference(case.model)
+    around: AbstractContextManager[None] = nullcontext()
     if watched is not None:
+        taps = watched(truth)
+        around = taps.attached()
         if case.run.use_cache:
-            given["past_key_values"] = TappedCache(config=truth.model.config)
+            given["past_key_values"] = TappedCache(taps, config=truth.model.config)
         if mask is not None:  # of padding it would derive others
             given["position_ids"] = derived_positions(mask)
-    around = nullcontext() if watched is None else watched(truth).attached()
     model: Any = truth.model
     with from_the_seed(case, truth), around:
         return Text.of(model.generate(**given))
@@ -143,8 +145,8 @@ def differing_texts(expected: Text, actual: Text) -> Iterator[Gap]:
         told = f"{len(actual.logits)} steps instead of {len(expected.logits)}"
         yield Gap("steps", "count", told)
     for step, (due, got) in enumerate(zip(expected.logits, actual.logits, strict=False)):
-        yield from differing(f"logits of step {step}", due, got)
-    yield from differing("tokens", expected.tokens, actual.tokens)
+        yield from bitwise(f"logits of step {step}", due, got)
+    yield from bitwise("tokens", expected.tokens, actual.tokens)
 
 
 def ends(case: Case, new: torch.Tensor) -> list[int]:

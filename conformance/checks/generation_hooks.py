@@ -12,7 +12,7 @@ from hypothesis.strategies import SearchStrategy
 from transformer_lens.hook_points import HookPoint
 from transformers import Cache
 
-from conformance.checks.chunks import hooks_at
+from conformance.checks.chunks import hooks_at, tapping
 from conformance.checks.generation import (
     bridge_options,
     by_bridge,
@@ -24,14 +24,13 @@ from conformance.checks.generation import (
 )
 from conformance.checks.interventions import edited_runs
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of, differing
+from conformance.checks.support import bitwise, bridge_of
 from conformance.compare import Gap, compare_values
 from conformance.inputs import inputs
 from conformance.observe import Observation, Recorder, hook_points, sites_of
 from conformance.spec import Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs
 from conformance.subjects import Subject, at_work
-from conformance.taps import Taps
 
 FIRST = "embed.hook_in"  # of every forward
 _NOTHING = torch.empty(0)
@@ -40,8 +39,9 @@ _NOTHING = torch.empty(0)
 class StepRecorder(Recorder):
     """A recorder to which every forward is a chunk of its own."""
 
-    def __init__(self, case: Case) -> None:
-        super().__init__(case)
+    def begin(self, case: Case) -> None:
+        """Forget the last run; the next forward is the first."""
+        super().begin(case)
         self.chunk, self.rows = -1, case.run.batch
 
     def edit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -80,13 +80,9 @@ def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     data = inputs(case)
     subject = generating(case, adapter)
     sites = sites_of(subject, case)
-    theirs, ours = StepRecorder(case), StepRecorder(case)
-
-    def tapped(truth: Subject) -> Taps:
-        around: dict[str, Any] = {"d_head": case.model.d_head, "clamps": truth.clamps}
-        return Taps(truth.model, sites, theirs.visit, cached=case.run.use_cache, **around)
-
-    expected = by_hugging_face(case, data, tapped)
+    theirs, ours = StepRecorder(), StepRecorder()
+    ours.begin(case)
+    expected = by_hugging_face(case, data, lambda truth: tapping(truth, case, sites, theirs))
     bridge = bridge_of(subject)
     with bridge.hooks(fwd_hooks=hooks_at(sites, ours)):
         actual = by_bridge(subject, case, data)
@@ -209,4 +205,4 @@ def leaves_nothing(adapter: Adapter, case: Case) -> Iterator[Gap]:
             point.remove_hooks("both", including_permanent=True)
     after = [x for x in (data.tokens, data.attention_mask) if x is not None]
     for name, kept, now in zip(("tokens", "attention_mask"), before, after, strict=False):
-        yield from differing(f"the user's {name}", kept, now)
+        yield from bitwise(f"the user's {name}", kept, now)

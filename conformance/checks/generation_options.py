@@ -13,6 +13,7 @@ from hypothesis.strategies import SearchStrategy
 from transformers import StoppingCriteria
 
 from conformance.checks.caches import Chunk, from_the_seed
+from conformance.checks.chunks import tapping
 from conformance.checks.generation import (
     bridge_options,
     by_bridge,
@@ -25,14 +26,14 @@ from conformance.checks.generation import (
 )
 from conformance.checks.generation_hooks import settled_models
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of, differing
+from conformance.checks.support import bitwise, bridge_of, within
 from conformance.compare import Gap
 from conformance.inputs import inputs
 from conformance.observe import Recorder, sites_of
 from conformance.spec import Case
 from conformance.strategies import cases
 from conformance.subjects import at_work, reference
-from conformance.taps import TappedCache, Taps
+from conformance.taps import TappedCache
 from conformance.tolerance import of_value
 
 
@@ -95,7 +96,7 @@ def stream(adapter: Adapter, case: Case) -> Iterator[Gap]:
     with from_the_seed(case, subject), at_work("generate_stream"):
         told = bridge_of(subject).generate_stream(data.tokens, max_tokens_per_yield=size, **asked)
         pieces = list(told)
-    yield from differing("tokens of the stream", expected, torch.cat(pieces, dim=1))
+    yield from bitwise("tokens of the stream", expected, torch.cat(pieces, dim=1))
     for index, piece in enumerate(pieces[1:-1], start=1):
         if piece.shape[1] != size:
             yield Gap(f"piece {index}", "count", f"{piece.shape[1]} tokens instead of {size}")
@@ -103,7 +104,7 @@ def stream(adapter: Adapter, case: Case) -> Iterator[Gap]:
     with from_the_seed(case, subject), at_work("return_input_tokens"):
         both = bridge_of(subject).generate(data.tokens, return_input_tokens=True, **asked)
     for name, due, got in zip(("tokens", "prompt"), (expected, data.tokens), both, strict=True):
-        yield from differing(name, due, got)
+        yield from bitwise(name, due, got)
 
 
 def single_texts() -> SearchStrategy[Case]:
@@ -131,21 +132,21 @@ def cache_of_activations(adapter: Adapter, case: Case) -> Iterator[Gap]:
     with from_the_seed(case, subject), at_work("return_cache"):
         asked = bridge_options(case, data, return_cache=True)
         tokens, cache = bridge_of(subject).generate(data.tokens, **asked)
-    yield from differing("tokens", text, tokens)
+    yield from bitwise("tokens", text, tokens)
     mask = data.attention_mask
     if mask is not None:
         mask = torch.cat([mask, mask.new_ones(1, steps_of(case))], dim=1)
     whole = Chunk(replace(data, tokens=text, attention_mask=mask), 0, text.shape[1])
     truth = reference(case.model)
     sites = sites_of(subject, case)
-    recorder = Recorder(case)
-    around: dict[str, Any] = {"d_head": case.model.d_head, "clamps": truth.clamps, "cached": True}
-    with from_the_seed(case, truth), Taps(truth.model, sites, recorder.visit, **around).attached():
-        whole.logits(truth, TappedCache(config=truth.model.config))
+    recorder = Recorder()
+    taps = tapping(truth, case, sites, recorder)
+    with from_the_seed(case, truth), taps.attached():
+        whole.logits(truth, TappedCache(taps, config=truth.model.config))
     for name, site in sites.items():
         due = recorder.values[name]
         if name not in cache:
             yield Gap(name, "missing", "not in the cache")
             continue
         allowance = of_value(site, name, recorder.values)
-        yield from differing(name, due, cache[name], allowance)
+        yield from within(allowance, name, due, cache[name])

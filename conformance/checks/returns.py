@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch.nn.functional import cross_entropy
 
-from conformance.checks.calls import differing_gradients, one_forward, taken_gradients, told
+from conformance.checks.calls import differing_gradients, taken_gradients, told
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of, differing
+from conformance.checks.support import bitwise, bridge_of, in_one_forward, within
 from conformance.compare import Gap
 from conformance.inputs import Inputs, inputs
 from conformance.observe import observe
 from conformance.spec import Case
 from conformance.strategies import cases, run_specs
 from conformance.subjects import Subject, at_work, bridged, reference
-from conformance.tolerance import of_loss
+from conformance.tolerance import exactly, of_loss
 
 IGNORED = -100  # the label that Hugging Face's losses leave out
 
@@ -82,7 +82,7 @@ def _mean(losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 )
 def kinds(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Every return_type, of one bridge in eval mode."""
-    case = one_forward(case, training=False)
+    case = in_one_forward(case, training=False)
     data = inputs(case)
     expected = observe(reference(case.model), case, backward=False).logits
     bridge = bridge_of(bridged(case.model, adapter, prepared=case.run.prepared)).eval()
@@ -92,7 +92,7 @@ def kinds(adapter: Adapter, case: Case) -> Iterator[Gap]:
         logits, _ = bridge(data.tokens, return_type="logits_and_cache", **rest)
     if nothing is not None:
         yield Gap("return_type=None", "contract", f"returned a {type(nothing).__name__}")
-    yield from differing("logits of logits_and_cache", expected, logits)
+    yield from bitwise("logits of logits_and_cache", expected, logits)
     for given in (None, _labels(case, data)):
         name = "loss" if given is None else "loss of labels"
         labels = _counted(data.tokens if given is None else given, data.attention_mask)
@@ -102,14 +102,14 @@ def kinds(adapter: Adapter, case: Case) -> Iterator[Gap]:
             each = bridge(data.tokens, return_type="loss", loss_per_token=True, **asked)
             beside, mean = bridge(data.tokens, return_type="both", **asked)
             alone = bridge(data.tokens, return_type="loss", **asked)
-        yield from differing(f"logits without {name}", expected, logits)
-        yield from differing(f"logits beside {name}", expected, beside)
+        yield from bitwise(f"logits without {name}", expected, logits)
+        yield from bitwise(f"logits beside {name}", expected, beside)
         losses = _losses(expected, labels)
-        yield from differing(f"{name} per token", losses, each)
-        yield from differing(f"{name}, alone and beside logits", mean, alone)
+        yield from bitwise(f"{name} per token", losses, each)
+        yield from bitwise(f"{name}, alone and beside logits", mean, alone)
         if _any(labels):
             due = _mean(losses, labels)
-            yield from differing(name, due, mean.to(due.dtype), of_loss(expected.dtype))
+            yield from within(of_loss(expected.dtype), name, due, mean.to(due.dtype))
 
 
 @check(
@@ -160,6 +160,7 @@ def labels(adapter: Adapter, case: Case) -> Iterator[Gap]:
         with at_work(f"the loss of {name}"):
             got = run(subject, loss)
         value, loss_value = due.pop("loss"), got.pop("loss")
-        allowance = None if name == "the wrapped model" else of_loss(loss_value.dtype)
-        yield from differing(f"loss of {name}", value, loss_value.to(value.dtype), allowance)
+        dtype = loss_value.dtype
+        allowance = exactly(dtype) if name == "the wrapped model" else of_loss(dtype)
+        yield from within(allowance, f"loss of {name}", value, loss_value.to(value.dtype))
         yield from differing_gradients(due, got, of=f", loss of {name}")

@@ -25,7 +25,7 @@ from conformance.checks.generation import (
     steps_of,
 )
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of, differing
+from conformance.checks.support import bitwise, bridge_of
 from conformance.compare import Gap
 from conformance.inputs import inputs
 from conformance.spec import Case
@@ -179,7 +179,7 @@ def hugging_face(adapter: Adapter, case: Case) -> Iterator[Gap]:
         if key not in got:
             yield Gap(f"{name}: {key}", "missing", "not in what hf_generate returns")
         else:
-            yield from differing(f"{name}: {key}", due[key], got[key])
+            yield from bitwise(f"{name}: {key}", due[key], got[key])
     for key in got.keys() - due.keys():
         yield Gap(f"{name}: {key}", "extra", "Hugging Face returns no such thing")
     caches = expected.past_key_values, actual.past_key_values

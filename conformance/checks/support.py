@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,20 +13,73 @@ from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapt
 
 from conformance.checks.registry import Adapter
 from conformance.compare import Gap, compare_tensors
-from conformance.observe import observe
-from conformance.sites import observable
+from conformance.observe import arguments, logits_of, module_of, observe, sites_of
+from conformance.sites import Site, observable
 from conformance.spec import Case
-from conformance.subjects import Subject, reference
+from conformance.subjects import Subject, at_work, reference
 from conformance.tolerance import Allowance, exactly
 from conformance.verdict import NotApplicable
+
+
+def bitwise(
+    name: str, due: torch.Tensor, got: torch.Tensor, *, kind: str = "value"
+) -> Iterator[Gap]:
+    """The gap between two tensors that may not differ at all, if there is one."""
+    return within(exactly(due.dtype), name, due, got, kind=kind)
+
+
+def within(
+    allowance: Allowance, name: str, due: torch.Tensor, got: torch.Tensor, *, kind: str = "value"
+) -> Iterator[Gap]:
+    """The gap between two tensors that differ by more than is allowed, if there is one."""
+    gap = compare_tensors(name, due, got, allowance, kind=kind)
+    yield from [gap] if gap else []
+
+
+def labelled(label: str, gaps: Iterable[Gap]) -> Iterator[Gap]:
+    """The same gaps, with what they were found in told first."""
+    for gap in gaps:
+        yield replace(gap, site=f"{label}: {gap.site}")
+
+
+def blaming(subject: Subject, stage: str) -> AbstractContextManager[None]:
+    """Blame a subject under test for what is raised in here; the reference's errors are ours."""
+    return at_work(stage) if subject.under_test else nullcontext()
+
+
+def in_one_forward(case: Case, **changes: Any) -> Case:
+    """The same case with its whole input fed at once, and other changes of its run."""
+    return replace(case, run=replace(case.run, chunks=1, **changes))
+
+
+def sites_to_hook(subject: Subject, case: Case) -> dict[str, Site]:
+    """Sites to hook backwards too: all but those inside of the LayerNorms, which have checks."""
+    return {name: site for name, site in sites_of(subject, case).items() if not site.derived}
+
+
+def forward_as_it_is(subject: Subject, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward in the mode, with the hooks and under the gradient that the subject is now.
+
+    Returns:
+        The logits, ``[batch, pos, d_vocab]``, and PyTorch's random state after the forward.
+    """
+    given = arguments(subject, case)
+    with torch.random.fork_rng(devices=[]), blaming(subject, "a forward"):
+        torch.manual_seed(case.run.token_seed)
+        return logits_of(module_of(subject)(**given)), torch.get_rng_state()
 
 
 def needs_patch(adapter: Adapter, *, exact: bool = False) -> None:
     """Say that a check does not apply to an adapter with no patch (or no exact one) of its own."""
     if adapter.prepare_model is ArchitectureAdapter.prepare_model:
         raise NotApplicable("the adapter has no prepare_model of its own")
-    if exact and "exact_clip" not in inspect.signature(adapter.prepare_model).parameters:
+    if exact and not has_exact(adapter):
         raise NotApplicable("the adapter's prepare_model has no exact_clip mode")
+
+
+def has_exact(adapter: Adapter) -> bool:
+    """Whether the adapter's patch has an exact mode."""
+    return "exact_clip" in inspect.signature(adapter.prepare_model).parameters
 
 
 def within_clip(case: Case) -> bool:
@@ -42,21 +97,24 @@ def within_clip(case: Case) -> bool:
     )
 
 
-def differing(
-    name: str,
-    expected: torch.Tensor,
-    actual: torch.Tensor,
-    allowance: Allowance | None = None,
-    *,
-    kind: str = "value",
-) -> Iterator[Gap]:
-    """The gap between two tensors, if there is one; bit for bit where nothing is allowed."""
-    allowed = allowance if allowance is not None else exactly(expected.dtype)
-    gap = compare_tensors(name, expected, actual, allowed, kind=kind)
-    yield from [gap] if gap else []
-
-
 def bridge_of(subject: Subject) -> Any:
     """The bridge of a bridged subject."""
     assert subject.bridge is not None
     return subject.bridge
+
+
+def exact_gaps(
+    expected: Mapping[str, torch.Tensor | None], actual: Mapping[str, Any]
+) -> Iterator[Gap]:
+    """Tensors by name that must be equal bit for bit; None stands for one that must not be."""
+    for name, due in expected.items():
+        got = actual.get(name)
+        if due is None or got is None:
+            if due is not got:
+                kind = "missing" if got is None else "extra"
+                yield Gap(name, kind, f"is {got!r:.40} instead of {due!r:.40}")
+        elif gap := compare_tensors(name, due, got, exactly(due.dtype)):
+            yield gap
+    for name in actual:
+        if name not in expected:
+            yield Gap(name, "extra", "nothing of Hugging Face's")

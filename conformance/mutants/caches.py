@@ -17,7 +17,7 @@ from conformance.mutants.catalogue import mutant
 
 @mutant("caches.halved", "any", "caches.handed_over", OlmoAttentionBridge, "_update_kv_cache")
 def halved(original: Any) -> Any:
-    """The cache holds values halved, and the bridge doubles what it reads: to itself it is right."""
+    """The cache holds values halved, which the bridge doubles as it reads: it sees no fault."""
 
     def update(self: Any, key: torch.Tensor, value: torch.Tensor, **named: Any) -> Any:
         if named.get("past_key_values") is None:
@@ -59,7 +59,7 @@ def always(original: Any) -> Any:
     "_update_kv_cache",
 )
 def remembered(original: Any) -> Any:
-    """Attention remembers the keys that it has seen, and believes its memory more than the cache."""
+    """Attention remembers the keys that it has seen, and believes that more than the cache."""
 
     def update(self: Any, key: torch.Tensor, value: torch.Tensor, **named: Any) -> Any:
         keys, values = original(self, key, value, **named)
