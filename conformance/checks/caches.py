@@ -105,7 +105,7 @@ def _new_cache(case: Case, subject: Subject) -> Cache:
     "A cache, growing or of fixed size, that a bridge and Hugging Face's model fill in turns gives "
     "the logits, and holds the keys and values, of one that the reference has filled alone.",
     chunked_cases,
-    examples=0.5,
+    examples=0.3,
 )
 def handed_over(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Chunk by chunk, the bridge first or second."""
@@ -135,7 +135,7 @@ def handed_over(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "logits_and_cache returns Hugging Face's own cache, the one that was given if one was, and "
     "none where none is wanted; fed back it goes on, one token or more at a time.",
     chunked_cases,
-    examples=0.3,
+    examples=0.2,
 )
 def returned(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """No cache is made here but that of the first forward."""
@@ -214,7 +214,7 @@ def _other_rows(data: Inputs, rows: torch.Tensor) -> Inputs:
     "A cache that is cropped, reordered, repeated or cut down by rows between two chunks goes on "
     "as Hugging Face's does.",
     chunked_cases,
-    examples=0.4,
+    examples=0.3,
 )
 def surgery(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """One chunk, an operation on the cache, and the rest with other tokens."""

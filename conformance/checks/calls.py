@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +20,7 @@ from conformance.inputs import Inputs, derived_positions, inputs
 from conformance.observe import observe
 from conformance.spec import Case
 from conformance.strategies import cases, run_specs
-from conformance.subjects import Subject, at_work, bridged, reference
+from conformance.subjects import PAD_TOKEN, Subject, at_work, bridged, reference
 from conformance.tolerance import of_other_attention
 
 
@@ -61,12 +62,18 @@ def differing_gradients(
         yield from bitwise(f"{name}{of}", expected[name], actual[name], kind="gradient")
 
 
+def embedded_cases() -> SearchStrategy[Case]:
+    """Cases of which most have a mask."""
+    kinds = st.sampled_from(("none", "gap", "left", "rows"))
+    return cases(runs=partial(run_specs, paddings=kinds))
+
+
 @check(
     "calls.embeddings",
     "Embeddings in the place of tokens give the logits that they give Hugging Face's model, those "
     "of their tokens if they are a text's, and the same gradients, that of the embeddings too.",
-    cases,
-    examples=0.4,
+    embedded_cases,
+    examples=0.3,
 )
 def embeddings(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The tokens' own embeddings, every other time moved to where no token has one."""
@@ -77,7 +84,7 @@ def embeddings(adapter: Adapter, case: Case) -> Iterator[Gap]:
     bridge = bridge_of(subject)
     draw = torch.Generator().manual_seed(case.run.token_seed)
     text = truth.model.model.embed_tokens(data.tokens).detach()
-    of_a_text = case.run.token_seed % 2 == 0
+    of_a_text, by_name = case.run.token_seed % 2 == 0, case.run.token_seed % 3 == 0
     given = text if of_a_text else text + torch.randn(text.shape, generator=draw).to(text.dtype)
 
     def run(who: Subject, source: torch.Tensor) -> torch.Tensor:
@@ -88,6 +95,8 @@ def embeddings(adapter: Adapter, case: Case) -> Iterator[Gap]:
             logits: torch.Tensor
             if who is truth:
                 logits = who.model(inputs_embeds=source, **rest).logits
+            elif by_name and source.is_floating_point():
+                logits = bridge(None, inputs_embeds=source, **rest)
             else:
                 logits = bridge(source, **rest)
         return logits
@@ -113,8 +122,9 @@ def embeddings(adapter: Adapter, case: Case) -> Iterator[Gap]:
 def masked_cases() -> SearchStrategy[Case]:
     """Cases with a mask, fed at once. float64 pads on the right alone (see `run_specs`)."""
     kinds = st.sampled_from(("left", "gap", "rows", "right"))
-    lengths = st.sampled_from((2, 3, 5, 8, 24))
-    return cases(runs=partial(run_specs, paddings=kinds, lengths=lengths, chunks=st.just(1)))
+    lengths, positions = st.sampled_from((2, 3, 5, 8, 24)), st.just("derived")
+    narrower: dict[str, Any] = {"paddings": kinds, "lengths": lengths, "positions": positions}
+    return cases(runs=partial(run_specs, chunks=st.just(1), **narrower))
 
 
 def _forms(mask: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, bool]]:
@@ -133,7 +143,7 @@ def _forms(mask: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[str, torch.
     "A mask of any boolean, integer or floating type, [batch, pos] or four-dimensional, means what "
     "it means to Hugging Face as integers.",
     masked_cases,
-    examples=0.3,
+    examples=0.25,
 )
 def masks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Every form, against the reference's int64. A 4-D mask comes with its positions."""
@@ -157,18 +167,23 @@ def single_rows() -> SearchStrategy[Case]:
 @check(
     "calls.tokens",
     "Tokens in one row without a batch, of a shorter integer type, not contiguous, or with "
-    "prepend_bos and padding_side, which are for strings, give the logits of the same tokens.",
+    "prepend_bos and padding_side, which are for strings, give the logits of the same tokens, pad "
+    "tokens inside the text as any other.",
     single_rows,
     examples=0.1,
 )
 def tokens(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Each form, in eval mode."""
+    """Each form, in eval mode, of a text that has pad tokens as words."""
     case = in_one_forward(case, training=False)
+    (text,) = inputs(case).tokens.tolist()
+    text[:-1:2] = [PAD_TOKEN] * len(text[:-1:2])
+    case = replace(case, tokens=(tuple(text),))
     data = inputs(case)
     expected = observe(reference(case.model), case, backward=False).logits
     bridge = bridge_of(bridged(case.model, adapter, prepared=case.run.prepared)).eval()
     rest = told(case, data, derived=False)
     forms: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {
+        "as they are": (data.tokens, rest),
         "one row": (data.tokens[0], rest),
         "int32": (data.tokens.int(), rest),
         "not contiguous": (data.tokens.repeat_interleave(2, dim=1)[:, ::2], rest),
@@ -185,7 +200,7 @@ def tokens(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "A model loaded with sdpa attention and then bridged has the eager reference's logits and "
     "gradients bit for bit, whether it was prepared or not.",
     cases,
-    examples=0.3,
+    examples=0.25,
 )
 def sdpa(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The bridge computes attention itself, whatever the model was loaded with."""
@@ -200,7 +215,7 @@ def sdpa(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "A bridged model has the logits of an sdpa reference, and the gradients of its real tokens, up "
     "to rounding.",
     wide_cases,
-    examples=0.3,
+    examples=0.25,
 )
 def sdpa_reference(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """In eval mode: sdpa draws another dropout. A padding token's own row is nobody's promise."""

@@ -37,7 +37,7 @@ def wide_chunked_cases() -> SearchStrategy[Case]:
     "Fed in chunks over a cache, one token a time or more, a bridge gives every real token the "
     "logits that the reference gives it in one forward, up to rounding.",
     wide_chunked_cases,
-    examples=0.4,
+    examples=0.3,
 )
 def whole(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """In eval mode: each chunk draws its own dropout."""
@@ -98,7 +98,7 @@ def second_chunk_cases() -> SearchStrategy[Case]:
     "Hooks and edits on the second of three chunks see and change what they do on the reference: "
     "its values, the third chunk by way of the cache, and nothing of the first.",
     second_chunk_cases,
-    examples=0.5,
+    examples=0.35,
 )
 def edits(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Bare, hooked everywhere, bare again."""

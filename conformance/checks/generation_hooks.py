@@ -73,7 +73,7 @@ def edited_generations() -> SearchStrategy[Case]:
     "During a generation every hook fires once at each step, and sees what Hugging Face's model "
     "computes there at that step; an edit changes all steps' logits and tokens as it does there.",
     edited_generations,
-    examples=0.5,
+    examples=0.35,
 )
 def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Hugging Face's own generate, tapped and edited from outside, beside the bridge's."""
@@ -140,7 +140,7 @@ def settled_cases() -> SearchStrategy[Case]:
     "A generation, one that a hook's error ends and a stream that is abandoned leave modes, hooks, "
     "configurations, the random state and the user's tensors as they were, and no cache.",
     settled_cases,
-    examples=0.2,
+    examples=0.15,
 )
 def leaves_nothing(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """With two hooks of a user on, one of them permanent. The next generation is as the first."""

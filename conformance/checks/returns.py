@@ -78,7 +78,7 @@ def _mean(losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     "return_type logits, loss, both, None and logits_and_cache, with and without loss_per_token "
     "and labels, give the reference's logits and their cross entropy over the pairs that count.",
     predicting_cases,
-    examples=0.3,
+    examples=0.2,
 )
 def kinds(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Every return_type, of one bridge in eval mode."""
@@ -118,7 +118,7 @@ def kinds(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "gradients bit for bit; the bridge's own loss, with labels and without, has the gradients of "
     "a cross entropy of the reference's logits.",
     predicting_cases,
-    examples=0.3,
+    examples=0.15,
 )
 def labels(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Three losses, with a backward of each, beside the reference's."""

@@ -68,11 +68,11 @@ def _asked(case: Case) -> dict[str, float]:
     picked: dict[str, float] = {"temperature": (0.5, 2.0)[seed // 8 % 2]}
     if dtype == "float32":
         picked = {"temperature": (0.5, 0.7, 1.0, 1.6)[seed // 8 % 4]}
-    kind = ("plain", "top_k", "top_p", "repetition_penalty", "freq_penalty")[seed % 5]
+    kind = ("top_k", "top_p", "repetition_penalty", "freq_penalty")[seed % 4]
     if case.run.padding != "none" and kind.endswith("penalty"):
-        kind = "plain"  # penalties-count-padding in known_defects.toml
+        kind = "top_k"  # penalties-count-padding in known_defects.toml
     if kind == "top_k":
-        picked["top_k"] = 1 + seed % 4
+        picked["top_k"] = 1 + seed // 4 % 3
     elif kind == "top_p" and dtype in ("float32", "float64"):
         picked["top_p"] = (0.3, 0.6, 0.9)[seed % 3]
     elif kind == "repetition_penalty":
@@ -99,7 +99,7 @@ def _processors(asked: Mapping[str, float]) -> list[LogitsProcessor]:
     "generate with do_sample, temperature, top_k, top_p, repetition_penalty or freq_penalty draws "
     "the tokens that Hugging Face's sampling draws from the same random state.",
     generating_cases,
-    examples=0.4,
+    examples=0.35,
 )
 def draws(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The draws of dropout come in between, where a model in train mode has any."""
@@ -139,22 +139,24 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     "hf_generate of tokens is Hugging Face's own generate: greedy, sampling and by beams, with the "
     "records, the ends of text and the cache that are asked for, and no others.",
     generating_cases,
-    examples=0.5,
+    examples=0.3,
 )
 def hugging_face(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """One way by the seed; the mask, the ends and the cache by it too."""
     data, seed = inputs(case), case.run.token_seed
     name = list(_WAYS)[seed % len(_WAYS)]
-    if name == "sampling beams" and case.model.dtype == "float64":
-        name = "sampling"  # Hugging Face draws from NaN there
     given: dict[str, Any] = {
         "max_new_tokens": steps_of(case),
         "output_logits": True,
         "output_scores": True,
         **_WAYS[name],
     }
-    if data.attention_mask is not None:
-        given["attention_mask"] = data.attention_mask
+    mask = data.attention_mask
+    if mask is None and case.model.dtype == "float64":
+        # Left out, it would be that of the pad token, and a row that begins with one is NaN there.
+        mask = torch.ones_like(data.tokens)
+    if mask is not None:
+        given["attention_mask"] = mask
     ends = [END, int(data.tokens[0, 0])][: seed // 5 % 3]
     told: dict[str, Any] = {"eos_token_id": ends} if ends else {}
     endless = not ends and seed % 2 == 0

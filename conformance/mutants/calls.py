@@ -10,6 +10,7 @@ from adapter import attention, calls
 from adapter.attention import OlmoAttentionBridge
 from adapter.compatibility import OlmoTransformerBridge
 from conformance.mutants.catalogue import Make, add, mutant, with_gradient_of
+from conformance.subjects import PAD_TOKEN
 
 
 def _before_forward(change: Any) -> Make:
@@ -24,20 +25,33 @@ def _before_forward(change: Any) -> Make:
     return make
 
 
-def _first_cut_off(input: torch.Tensor, named: dict[str, Any]) -> torch.Tensor:
-    if not input.is_floating_point():
+def _first_cut_off(input: Any, named: dict[str, Any]) -> Any:
+    if input is None or not input.is_floating_point():
         return input
     return torch.cat([input[:, :1].detach(), input[:, 1:]], dim=1)
 
 
 def _as_batch(input: torch.Tensor, named: dict[str, Any]) -> torch.Tensor:
-    return input[:, None] if input.ndim == 1 else input
+    if input.ndim > 1:
+        return input
+    for name in ("attention_mask", "position_ids"):
+        if named.get(name) is not None:
+            named[name] = named[name].T
+    return input[:, None]
 
 
 def _boolean_in_order(input: torch.Tensor, named: dict[str, Any]) -> torch.Tensor:
     mask = named.get("attention_mask")
     if mask is not None and mask.dtype is torch.bool and mask.ndim == 2:
         named.setdefault("position_ids", torch.arange(input.shape[1])[None])
+    return input
+
+
+def _pads_masked(input: torch.Tensor, named: dict[str, Any]) -> torch.Tensor:
+    if not input.is_floating_point() and named.get("attention_mask") is None:
+        real = input != PAD_TOKEN
+        real[..., -1] = True
+        named["attention_mask"] = real.long().reshape(-1, real.shape[-1])
     return input
 
 
@@ -55,6 +69,13 @@ for name, breaks, trigger, killer, change in (
         "two tokens",
         "calls.tokens",
         _as_batch,
+    ),
+    (
+        "pads_masked",
+        "a pad token inside a text is taken for padding, and masked",
+        "two tokens, no mask",
+        "calls.tokens",
+        _pads_masked,
     ),
     (
         "boolean_in_order",
