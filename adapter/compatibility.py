@@ -10,6 +10,7 @@ import torch
 
 from adapter.calls import OlmoCalls
 from adapter.gates import refuse_gated
+from adapter.recorders import forget_output_recorders
 from adapter.state import WholeStateBridge
 
 
@@ -61,6 +62,7 @@ class OlmoTransformerBridge(OlmoCalls, WholeStateBridge):
         if fold_value_biases and (reason := self._why_value_biases_must_stay()):
             warnings.warn(f"value biases are not folded into b_O: {reason}", stacklevel=2)
             fold_value_biases = False
+        trains = {name: held.requires_grad for name, held in self.named_parameters()}
         super().process_weights(
             verbose=verbose,
             fold_ln=fold_ln,
@@ -68,6 +70,15 @@ class OlmoTransformerBridge(OlmoCalls, WholeStateBridge):
             center_unembed=center_unembed,
             fold_value_biases=fold_value_biases,
         )
+        # Processed weights are new parameters. What was frozen stays so, and so does what is new in
+        # a model that is frozen as a whole.
+        for name, held in self.named_parameters():
+            held.requires_grad_(trains.get(name, any(trains.values())))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy without the hooks that pickle cannot find by their names."""
+        forget_output_recorders(self.original_model)
+        return super().__reduce_ex__(protocol)
 
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         """Run and cache; refuse a name whose hook fires only under a flag that is off."""

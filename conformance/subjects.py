@@ -6,9 +6,11 @@ the model it wraps, so no two subjects ever share a module.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,7 +18,6 @@ from torch import nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 from transformers import OlmoConfig, OlmoForCausalLM
 from transformers.activations import ACT2FN
 
@@ -63,7 +64,7 @@ class Subject:
     under_test: bool = True
 
 
-def _rope_parameters(model: ModelSpec) -> dict[str, Any]:
+def rope_parameters(model: ModelSpec) -> dict[str, Any]:
     """What `rope_parameters` of a Hugging Face configuration needs for each type of RoPE."""
     half = max(model.max_position_embeddings // 2, 1)
     extra: dict[str, dict[str, Any]] = {
@@ -109,7 +110,7 @@ def hf_config(model: ModelSpec, attention: str = "eager") -> OlmoConfig:
         vocab_size=model.vocab_size,
         max_position_embeddings=model.max_position_embeddings,
         hidden_act=model.hidden_act,
-        rope_parameters=_rope_parameters(model),
+        rope_parameters=rope_parameters(model),
         tie_word_embeddings=model.tie_word_embeddings,
         attention_bias=bool(model.biases),
         attention_dropout=model.attention_dropout,
@@ -162,10 +163,21 @@ def hf_model(model: ModelSpec, attention: str = "eager") -> OlmoForCausalLM:
 
 def lens_config(model: OlmoForCausalLM) -> TransformerBridgeConfig:
     """The configuration that transformer_lens itself would give an adapter."""
-    dtype = next(model.parameters()).dtype
-    config: TransformerBridgeConfig = build_bridge_config_from_hf(
-        model.config, ARCHITECTURE, "olmo-conformance", dtype
-    )
+    name, dtype = "olmo-conformance", next(model.parameters()).dtype
+    sources = "transformer_lens.model_bridge.sources"
+    try:
+        builder = import_module(f"{sources}._bridge_builder")
+    except ModuleNotFoundError:
+        pass
+    else:
+        config: TransformerBridgeConfig = builder.build_bridge_config_from_hf(
+            model.config, ARCHITECTURE, name, dtype
+        )
+        return config
+    # Before 3.5 only a whole `boot`, which wants a checkpoint, does what follows.
+    mapped = import_module(f"{sources}.transformers").map_default_transformer_lens_config
+    config = TransformerBridgeConfig.from_dict(dict(vars(mapped(model.config))))
+    config.architecture, config.model_name, config.dtype = ARCHITECTURE, name, dtype
     return config
 
 
@@ -174,6 +186,13 @@ def make_adapter(adapter: type[ArchitectureAdapter], model: OlmoForCausalLM) -> 
     config = lens_config(model)
     with at_work("constructing the adapter"):
         return adapter(config)
+
+
+def unpatcher(adapter: type[ArchitectureAdapter]) -> Callable[[Any], None] | None:
+    """The ``unpatch_model`` that an adapter's package offers, or None."""
+    package = sys.modules[adapter.__module__.partition(".")[0]]
+    found: Callable[[Any], None] | None = getattr(package, "unpatch_model", None)
+    return found
 
 
 def reference(model: ModelSpec, *, attention: str = "eager") -> Subject:

@@ -157,6 +157,28 @@ def test_edits_that_do_not_compose_are_refused() -> None:
         bridge.run_with_hooks(TOKENS, fwd_hooks=[(n, lambda t, hook: flip(t)) for n in both])
 
 
+@pytest.mark.parametrize("flag", ["use_split_qkv_input", "use_attn_in"])
+def test_a_stream_that_is_not_finite_is_no_edit(flag: Any) -> None:
+    bridge = models.bridged(models.olmo())
+
+    def spoil(tensor: Any, hook: Any) -> Any:
+        return torch.where(torch.arange(tensor.shape[1]) == 3, torch.inf, tensor.mT).mT
+
+    def queries() -> Any:
+        seen: list[torch.Tensor] = []
+        halved = ("blocks.0.attn.hook_in", lambda tensor, hook: tensor * 0.5)
+        kept = ("blocks.0.attn.hook_q", lambda tensor, hook: seen.append(tensor.clone()))
+        hooks = [("blocks.0.hook_resid_pre", spoil), halved, kept]
+        bridge.run_with_hooks(TOKENS, fwd_hooks=hooks)
+        return seen[0]
+
+    expected = queries()
+    assert expected[:, 3].isnan().all()
+    assert not expected[:, 2].isnan().any()
+    setattr(bridge.cfg, flag, True)
+    assert same(queries(), expected)
+
+
 def test_per_head_hooks_need_a_plain_weight() -> None:
     class Adapted(torch.nn.Module):
         def __init__(self, linear: Any) -> None:

@@ -14,8 +14,7 @@ from hypothesis.strategies import SearchStrategy
 from transformers import Cache, DynamicCache, StaticCache
 
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bitwise
-from conformance.compare import Gap
+from conformance.compare import Gap, bitwise
 from conformance.inputs import Inputs, derived_positions, inputs
 from conformance.spec import Case, ModelSpec, RunSpec
 from conformance.strategies import cases, run_specs

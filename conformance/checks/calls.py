@@ -14,8 +14,8 @@ from hypothesis.strategies import SearchStrategy
 from conformance.checks.forward import logits_gap
 from conformance.checks.layernorm import wide_cases
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bitwise, bridge_of, in_one_forward, within
-from conformance.compare import Gap, compare_parameters
+from conformance.checks.support import bridge_of, in_one_forward
+from conformance.compare import Gap, bitwise, compare_parameters, within
 from conformance.inputs import Inputs, derived_positions, inputs
 from conformance.observe import observe
 from conformance.spec import Case

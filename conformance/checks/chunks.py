@@ -15,8 +15,8 @@ from conformance.checks.caches import chunked_runs, chunks_of, differing_caches,
 from conformance.checks.interventions import edited_runs
 from conformance.checks.layernorm import wide_models
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bitwise, bridge_of, in_one_forward, within
-from conformance.compare import Gap, compare_values
+from conformance.checks.support import bridge_of, in_one_forward
+from conformance.compare import Gap, bitwise, compare_values, within
 from conformance.inputs import inputs
 from conformance.observe import Observation, Recorder, observe, sites_of
 from conformance.sites import Site

@@ -28,8 +28,10 @@ def _copied(subject: Subject) -> Subject:
     with at_work("copy.deepcopy"):
         bridge = copy.deepcopy(subject.bridge)
         model: Any = bridge.original_model
-        # The copy keeps the bridge's names: match them by order, which parameters() keeps.
-        renamed = dict(zip(subject.parameters, model.parameters(), strict=True))
+        # The copy keeps the bridge's names and order; a bridge may have parameters of its own.
+        pairs = zip(subject.model.parameters(), model.parameters(), strict=True)
+        copied = {id(old): new for old, new in pairs}
+        renamed = {name: copied[id(old)] for name, old in subject.parameters.items()}
     return replace(subject, bridge=bridge, model=model, parameters=renamed)
 
 

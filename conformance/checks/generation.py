@@ -13,8 +13,8 @@ from hypothesis.strategies import SearchStrategy
 
 from conformance.checks.caches import from_the_seed
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bitwise, bridge_of
-from conformance.compare import Gap
+from conformance.checks.support import bridge_of
+from conformance.compare import Gap, bitwise
 from conformance.inputs import Inputs, derived_positions, inputs
 from conformance.spec import Case, ModelSpec, RunSpec
 from conformance.strategies import cases, run_specs

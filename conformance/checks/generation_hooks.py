@@ -24,8 +24,8 @@ from conformance.checks.generation import (
 )
 from conformance.checks.interventions import edited_runs
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bitwise, bridge_of
-from conformance.compare import Gap, compare_values
+from conformance.checks.support import bridge_of
+from conformance.compare import Gap, bitwise, compare_values
 from conformance.inputs import inputs
 from conformance.observe import Observation, Recorder, hook_points, sites_of
 from conformance.spec import Case, ModelSpec, RunSpec

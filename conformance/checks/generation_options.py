@@ -26,8 +26,8 @@ from conformance.checks.generation import (
 )
 from conformance.checks.generation_hooks import settled_models
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bitwise, bridge_of, within
-from conformance.compare import Gap
+from conformance.checks.support import bridge_of
+from conformance.compare import Gap, bitwise, within
 from conformance.inputs import inputs
 from conformance.observe import Recorder, sites_of
 from conformance.spec import Case

@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from conformance.checks.calls import differing_gradients, taken_gradients, told
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bitwise, bridge_of, in_one_forward, within
-from conformance.compare import Gap
+from conformance.checks.support import bridge_of, in_one_forward
+from conformance.compare import Gap, bitwise, within
 from conformance.inputs import Inputs, inputs
 from conformance.observe import observe
 from conformance.spec import Case

@@ -25,8 +25,8 @@ from conformance.checks.generation import (
     steps_of,
 )
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bitwise, bridge_of
-from conformance.compare import Gap
+from conformance.checks.support import bridge_of
+from conformance.compare import Gap, bitwise
 from conformance.inputs import inputs
 from conformance.spec import Case
 from conformance.subjects import at_work, reference

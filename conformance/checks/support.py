@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -17,29 +17,8 @@ from conformance.observe import arguments, logits_of, module_of, observe, sites_
 from conformance.sites import Site, observable
 from conformance.spec import Case
 from conformance.subjects import Subject, at_work, reference
-from conformance.tolerance import Allowance, exactly
+from conformance.tolerance import exactly
 from conformance.verdict import NotApplicable
-
-
-def bitwise(
-    name: str, due: torch.Tensor, got: torch.Tensor, *, kind: str = "value"
-) -> Iterator[Gap]:
-    """The gap between two tensors that may not differ at all, if there is one."""
-    return within(exactly(due.dtype), name, due, got, kind=kind)
-
-
-def within(
-    allowance: Allowance, name: str, due: torch.Tensor, got: torch.Tensor, *, kind: str = "value"
-) -> Iterator[Gap]:
-    """The gap between two tensors that differ by more than is allowed, if there is one."""
-    gap = compare_tensors(name, due, got, allowance, kind=kind)
-    yield from [gap] if gap else []
-
-
-def labelled(label: str, gaps: Iterable[Gap]) -> Iterator[Gap]:
-    """The same gaps, with what they were found in told first."""
-    for gap in gaps:
-        yield replace(gap, site=f"{label}: {gap.site}")
 
 
 def blaming(subject: Subject, stage: str) -> AbstractContextManager[None]:

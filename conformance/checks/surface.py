@@ -11,7 +11,6 @@ from typing import Any
 
 from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
@@ -234,6 +233,10 @@ def entrances(adapter: Adapter, case: Case) -> Iterator[Gap]:
             yield Gap("register()", "contract", f"has registered {sorted(changed)}")
         other = hf_model(case.model)
         with at_work("building a bridge after register()"):
+            from transformer_lens.model_bridge.sources._bridge_builder import (  # since 3.5
+                build_bridge_from_module,
+            )
+
             booted = build_bridge_from_module(other, ARCHITECTURE, hf_config=other.config)
     for name, its_model, found in (
         ("bridge(hf_model)", model, bridge),

@@ -21,6 +21,7 @@ from conformance.spec import (
     Record,
     RunSpec,
     SpecError,
+    Step,
     load,
     loads,
 )
@@ -39,6 +40,11 @@ RECORD = Record(
             use_cache=True,
             chunks=2,
             edits=(Edit(site="blocks.0.hook_in", kind="noise", seed=3),),
+            steps=(
+                Step(kind="flag", flag="use_attn_in"),
+                Step(kind="add_hook", site="blocks.0.attn.hook_out", edit="zero", seed=7),
+                Step(kind="cast", dtype="float64"),
+            ),
         ),
         tokens=((0, 1, 16), (2, 2, 2)),
     ),
@@ -105,6 +111,8 @@ RUN: list[tuple[dict[str, object], str, str]] = [
     ({"chunks": 0}, "chunks", "an integer in 1..2"),
     ({"chunks": 2}, "use_cache", "chunks=2 need a cache"),
     ({"edits": ("blocks.0.hook_in",)}, "edits", "a list of edits"),
+    ({"steps": ("forward",)}, "steps", "a list of steps"),
+    ({"steps": Step(kind="forward")}, "steps", "a list of steps"),
 ]
 
 EDIT: list[tuple[dict[str, object], str, str]] = [
@@ -112,6 +120,21 @@ EDIT: list[tuple[dict[str, object], str, str]] = [
     ({"site": 3}, "site", "a canonical hook name"),
     ({"site": "embed.hook_in", "kind": "square"}, "kind", "one of ('identity', 'zero'"),
     ({"site": "embed.hook_in", "seed": -1}, "seed", f"an integer in 0..{MAX_SEED}"),
+]
+
+STEP: list[tuple[dict[str, object], str, str]] = [
+    ({"kind": "jump"}, "kind", "one of ('forward', 'backward'"),
+    ({"kind": "forward", "seed": -1}, "seed", f"an integer in 0..{MAX_SEED}"),
+    ({"kind": "forward", "site": "embed.hook_in"}, "site", "empty: forward has no site"),
+    ({"kind": "add_hook"}, "site", "a canonical hook name"),
+    ({"kind": "add_hook", "site": 3}, "site", "a canonical hook name"),
+    ({"kind": "add_hook", "site": "embed.hook_in", "edit": "no"}, "edit", "one of ('identity'"),
+    ({"kind": "flag"}, "flag", "one of ('use_attn_result', 'use_split_qkv_input'"),
+    ({"kind": "flag", "flag": "use_magic"}, "flag", "one of ('use_attn_result'"),
+    ({"kind": "train", "flag": "use_attn_in"}, "flag", "empty: train has no flag"),
+    ({"kind": "cast"}, "dtype", "one of ('float32', 'float64'"),
+    ({"kind": "cast", "dtype": "int8"}, "dtype", "one of ('float32', 'float64'"),
+    ({"kind": "load", "dtype": "float64"}, "dtype", "empty: load has no dtype"),
 ]
 
 CASE: list[tuple[dict[str, object], str, str]] = [
@@ -130,6 +153,7 @@ KINDS: list[tuple[type, list[tuple[dict[str, object], str, str]]]] = [
     (ModelSpec, MODEL),
     (RunSpec, RUN),
     (Edit, EDIT),
+    (Step, STEP),
     (Case, CASE),
 ]
 BAD = [(kind, *bad) for kind, table in KINDS for bad in table]
@@ -280,6 +304,12 @@ class TestRecord:
             loads(text)
         one_line(caught.value, "record.case.run.edits[0].new", "known fields: ['site', 'kind'")
 
+    def test_unknown_field_of_a_step(self) -> None:
+        text = RECORD.dumps().replace('"kind": "cast"', '"kind": "cast", "new": 5')
+        with pytest.raises(SpecError) as caught:
+            loads(text)
+        one_line(caught.value, "record.case.run.steps[2].new", "known fields: ['kind', 'site'")
+
     @pytest.mark.parametrize(
         ("old", "new", "field", "allowed"),
         [
@@ -288,6 +318,7 @@ class TestRecord:
             ('"weight_scale": 0.3', '"weight_scale": 1e999', "weight_scale", "a finite number"),
             ('"chunks": 2', '"chunks": 4', "chunks", "an integer in 1..3"),
             ('"kind": "noise"', '"kind": "nose"', "kind", "one of"),
+            ('"kind": "cast"', '"kind": "vast"', "kind", "one of"),
             ('"check": "forward.logits"', '"check": 3', "check", "a string"),
             ('"note": "seen once"', '"note": null', "note", "a string"),
             ('"site": "blocks.0.hook_in",', "", "record.case.run.edits[0]", "a complete Edit ("),
@@ -307,6 +338,8 @@ class TestRecord:
             ({"case": {"run": 1}}, "record.case.run", "an object"),
             ({"case": {"run": {"edits": {}}}}, "record.case.run.edits", "a list"),
             ({"case": {"run": {"edits": [1]}}}, "record.case.run.edits[0]", "an object"),
+            ({"case": {"run": {"steps": {}}}}, "record.case.run.steps", "a list"),
+            ({"case": {"run": {"steps": [1]}}}, "record.case.run.steps[0]", "an object"),
         ],
     )
     def test_wrong_shape(self, change: dict[str, object], field: str, allowed: str) -> None:
