@@ -12,9 +12,10 @@ from adapter.calls import OlmoCalls
 from adapter.gates import refuse_gated
 from adapter.recorders import forget_output_recorders
 from adapter.state import WholeStateBridge
+from adapter.text import OlmoTextBridge
 
 
-class OlmoTransformerBridge(OlmoCalls, WholeStateBridge):
+class OlmoTransformerBridge(OlmoCalls, OlmoTextBridge, WholeStateBridge):
     """A TransformerBridge that refuses or skips what is not legal for OLMo.
 
     TransformerLens decides about weight processing in the bridge and tells an architecture adapter

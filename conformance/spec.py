@@ -32,6 +32,7 @@ EDITS = (
     "one_row",
     "in_place",
 )
+WEIGHTS = ("drawn", "trained")
 PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 EXCLUSIVE = {"use_split_qkv_input", "use_attn_in"}
@@ -133,6 +134,8 @@ class ModelSpec:
         biases: Which of the attention's projections q, k, v, o have a bias.
         weight_seed: Seed of every weight and bias.
         weight_scale: Standard deviation of the weights. Wide (0.3), or no clip ever binds.
+        weights: ``drawn`` from the seed, or ``trained``: those of ``fixtures/trained``, cast to the
+            spec's dtype. Its sizes and biases must then be that model's (see `data.trained`).
     """
 
     hidden_size: int = 16
@@ -153,6 +156,7 @@ class ModelSpec:
     dtype: str = "float32"
     weight_seed: int = 0
     weight_scale: float = 0.3
+    weights: str = "drawn"
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -163,6 +167,7 @@ class ModelSpec:
         _boolean(self, "tie_word_embeddings")
         _one_of(self, "dtype", DTYPES)
         _one_of(self, "rope_type", ROPE_TYPES)
+        _one_of(self, "weights", WEIGHTS)
         _subset(self, "biases", PROJECTIONS)
         _require(isinstance(self.hidden_act, str), "hidden_act", self.hidden_act, "a name")
         heads, groups = self.num_attention_heads, self.num_key_value_heads

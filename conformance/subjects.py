@@ -10,17 +10,20 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
-from transformers import OlmoConfig, OlmoForCausalLM
+from transformers import OlmoConfig, OlmoForCausalLM, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
+from conformance.data import TRAINED
 from conformance.spec import PROJECTIONS, ModelSpec, SpecError
 
 ARCHITECTURE = "OlmoForCausalLM"
@@ -143,11 +146,33 @@ def redraw(subjects: Iterable[Subject], model: ModelSpec) -> None:
             torch._foreach_copy_(list(other.parameters.values()), list(first.parameters.values()))
 
 
+@cache
+def _trained_weights() -> Mapping[str, torch.Tensor]:
+    return load_file(TRAINED / "model.safetensors")
+
+
+def _load(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Copy the trained weights, which a model of another shape cannot have."""
+    trained = _trained_weights()
+    wanted = {name: list(parameter.shape) for name, parameter in parameters.items()}
+    shapes = {name: list(tensor.shape) for name, tensor in trained.items()}
+    if wanted != shapes:
+        others = sorted(name for name in wanted | shapes if wanted.get(name) != shapes.get(name))
+        allowed = f"drawn, or the sizes and biases data.trained()'s: {', '.join(others)} differ"
+        raise SpecError("weights", "trained", allowed)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(trained[name])
+
+
 def hf_model(model: ModelSpec, attention: str = "eager") -> OlmoForCausalLM:
     """A fresh Hugging Face model of a spec: equal specs give equal weights.
 
     The weights are created in the spec's dtype, as `from_pretrained` does; the rotary frequencies
     stay float32.
+
+    Raises:
+        SpecError: If trained weights are asked for and the sizes are not theirs.
     """
     with torch.random.fork_rng(devices=[]):
         built = OlmoForCausalLM._from_config(  # type: ignore[no-untyped-call]
@@ -156,7 +181,11 @@ def hf_model(model: ModelSpec, attention: str = "eager") -> OlmoForCausalLM:
     for layer in built.model.layers if model.biases else ():
         for letter in set(PROJECTIONS) - set(model.biases):
             getattr(layer.self_attn, f"{letter}_proj").bias = None
-    _fill(dict(built.named_parameters()), model)
+    parameters = dict(built.named_parameters())
+    if model.weights == "trained":
+        _load(parameters)
+    else:
+        _fill(parameters, model)
     built.eval()
     return built  # type: ignore[no-any-return]
 
@@ -226,6 +255,7 @@ def bridged(
     *,
     prepared: bool = True,
     attention: str = "eager",
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Subject:
     """A `TransformerBridge` around a Hugging Face model, built with the adapter under test.
 
@@ -234,6 +264,7 @@ def bridged(
         adapter: The adapter class under test.
         prepared: Call ``prepare_model`` first, as ``boot_transformers`` does.
         attention: Hugging Face's name of the attention that the model was loaded with.
+        tokenizer: Of a bridge that takes text; set up as ``boot_transformers`` does it.
     """
     built = hf_model(model, attention)
     parameters = dict(built.named_parameters())
@@ -241,7 +272,12 @@ def bridged(
         made = make_adapter(adapter, built)
         if prepared:
             made.prepare_model(built)
-        bridge = TransformerBridge(built, made, None)
+        if tokenizer is not None:
+            # Older releases have it elsewhere, and no less than a bridge without text.
+            from transformer_lens.model_bridge.sources._bridge_builder import configure_tokenizer
+
+            tokenizer = configure_tokenizer(tokenizer, made.cfg)
+        bridge = TransformerBridge(built, made, tokenizer)
         bridge.eval()
     declared = tuple(getattr(adapter, "optional_hooks", ()))
     return Subject(built, parameters, bridge=bridge, optional_hooks=declared)

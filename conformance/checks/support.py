@@ -1,10 +1,17 @@
-"""What several checks share: what an adapter offers, whether a clip binds, one tensor compared."""
+"""What several checks share: what an adapter offers, whether a clip binds, loading by name."""
 
 from __future__ import annotations
 
 import inspect
+import io
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
 from dataclasses import replace
 from typing import Any
 
@@ -97,3 +104,25 @@ def exact_gaps(
     for name in actual:
         if name not in expected:
             yield Gap(name, "extra", "nothing of Hugging Face's")
+
+
+@contextmanager
+def registry() -> Iterator[dict[str, Any]]:
+    """The process's registry of adapters, by architecture; afterwards it is as it was."""
+    # Imported first, this module is circular in transformer_lens 4.0.
+    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+
+    adapters: dict[str, Any] = ArchitectureAdapterFactory._adapters
+    before = dict(adapters)
+    try:
+        yield adapters
+    finally:
+        adapters.clear()
+        adapters.update(before)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep off the screen what transformers and transformer_lens say of their progress."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield

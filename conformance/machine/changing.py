@@ -6,11 +6,11 @@ import copy
 import io
 import pickle
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from dataclasses import replace
 
 import torch
 
+from conformance.checks.support import quiet
 from conformance.compare import Gap, bitwise, compare_tensors
 from conformance.machine.executor import Machine, Original, named_parameters
 from conformance.machine.moves import move
@@ -63,7 +63,7 @@ def cast(machine: Machine, step: Step) -> Iterator[Gap]:
     """Weights and gradients move to another dtype, or to the one that they have."""
     state, dtype = machine.state, getattr(torch, step.dtype)
     # transformer_lens prints what it does.
-    with at_work(f"to({step.dtype})"), redirect_stdout(io.StringIO()):
+    with at_work(f"to({step.dtype})"), quiet():
         if step.seed % 2:
             machine.bridge.to(dtype=dtype)
         else:

@@ -95,6 +95,8 @@ MODEL: list[tuple[dict[str, object], str, str]] = [
     ({"weight_seed": MAX_SEED + 1}, "weight_seed", f"an integer in 0..{MAX_SEED}"),
     ({"weight_scale": 0.0}, "weight_scale", "a finite number above 0"),
     ({"weight_scale": NAN}, "weight_scale", "a finite number above 0"),
+    ({"weights": "learned"}, "weights", "one of ('drawn', 'trained')"),
+    ({"weights": None}, "weights", "one of ('drawn', 'trained')"),
 ]
 
 RUN: list[tuple[dict[str, object], str, str]] = [
@@ -194,6 +196,7 @@ def test_bad_value(
         lambda: ModelSpec(rope_type="dynamic", head_dim=4),
         lambda: ModelSpec(attention_dropout=0),
         lambda: ModelSpec(weight_seed=MAX_SEED),
+        lambda: ModelSpec(weights="trained"),
         lambda: RunSpec(chunks=2, use_cache=True),
         lambda: Case(run=RunSpec(seq_len=32)),
         lambda: Case(tokens=((0, 16),)),
@@ -238,6 +241,11 @@ class TestRecord:
     def test_round_trip(self) -> None:
         assert loads(RECORD.dumps()) == RECORD
         assert loads(RECORD.dumps()).dumps() == RECORD.dumps()
+
+    def test_trained_weights_are_kept(self) -> None:
+        model = dataclasses.replace(RECORD.case.model, weights="trained")
+        record = dataclasses.replace(RECORD, case=dataclasses.replace(RECORD.case, model=model))
+        assert loads(record.dumps()) == record
 
     def test_defaults_may_be_left_out(self) -> None:
         text = '{"format_version": 1, "case": {"run": {"batch": 2}}, "check": "c", "adapter": "a"}'

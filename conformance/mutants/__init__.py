@@ -14,6 +14,7 @@ from conformance.mutants import (
     hook_api,
     hooks,
     layernorm,
+    loading,
     machine,
     mlp,
     modes,
@@ -23,6 +24,7 @@ from conformance.mutants import (
     sites,
     states,
     surface,
+    text,
     training,
     weights,
 )
@@ -47,6 +49,7 @@ __all__ = [
     "hooks",
     "kill",
     "layernorm",
+    "loading",
     "machine",
     "mlp",
     "modes",
@@ -56,6 +59,7 @@ __all__ = [
     "sites",
     "states",
     "surface",
+    "text",
     "training",
     "weights",
 ]
