@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from adapter.calls import OlmoCalls
 from adapter.gates import refuse_gated
 from adapter.recorders import forget_output_recorders
 from adapter.state import WholeStateBridge
 from adapter.text import OlmoTextBridge
 
 
-class OlmoTransformerBridge(OlmoTextBridge, WholeStateBridge):
+class OlmoTransformerBridge(OlmoCalls, OlmoTextBridge, WholeStateBridge):
     """A TransformerBridge that refuses or skips what is not legal for OLMo.
 
     TransformerLens decides about weight processing in the bridge and tells an architecture adapter
@@ -24,7 +25,7 @@ class OlmoTransformerBridge(OlmoTextBridge, WholeStateBridge):
     # Hooks are Python that comes and goes between two calls. Traced, every one of them breaks the
     # graph, a change of them compiles anew, and an older PyTorch fails at it. So torch.compile
     # leaves a bridge as it is: a compiled one runs eagerly, hooks and all.
-    forward = torch.compiler.disable(OlmoTextBridge.forward)  # type: ignore[no-untyped-call]
+    forward = torch.compiler.disable(OlmoCalls.forward)  # type: ignore[no-untyped-call]
 
     def enable_compatibility_mode(
         self,

@@ -98,7 +98,14 @@ def bitwise(
     name: str, due: torch.Tensor, got: torch.Tensor, *, kind: str = "value"
 ) -> Iterator[Gap]:
     """The gap between two tensors that may not differ at all, if there is one."""
-    gap = compare_tensors(name, due, got, exactly(due.dtype), kind=kind)
+    return within(exactly(due.dtype), name, due, got, kind=kind)
+
+
+def within(
+    allowance: Allowance, name: str, due: torch.Tensor, got: torch.Tensor, *, kind: str = "value"
+) -> Iterator[Gap]:
+    """The gap between two tensors that differ by more than is allowed, if there is one."""
+    gap = compare_tensors(name, due, got, allowance, kind=kind)
     yield from [gap] if gap else []
 
 

@@ -89,15 +89,19 @@ def rope_parameters(model: ModelSpec) -> dict[str, Any]:
     }
 
 
-def hf_config(model: ModelSpec) -> OlmoConfig:
-    """The Hugging Face configuration of a spec, with eager attention.
+def hf_config(model: ModelSpec, attention: str = "eager") -> OlmoConfig:
+    """The Hugging Face configuration of a spec.
+
+    Args:
+        model: The spec.
+        attention: Hugging Face's name of the implementation of attention.
 
     Raises:
         SpecError: If Hugging Face knows no activation of the name ``hidden_act``.
     """
     if model.hidden_act not in ACT2FN:
         raise SpecError("hidden_act", model.hidden_act, f"one of {sorted(ACT2FN)}")
-    extra: dict[str, Any] = {"attn_implementation": "eager"}
+    extra: dict[str, Any] = {"attn_implementation": attention}
     if model.head_dim is not None:
         extra["head_dim"] = model.head_dim
     return OlmoConfig(
@@ -161,7 +165,7 @@ def _load(parameters: Mapping[str, nn.Parameter]) -> None:
             parameter.copy_(trained[name])
 
 
-def hf_model(model: ModelSpec) -> OlmoForCausalLM:
+def hf_model(model: ModelSpec, attention: str = "eager") -> OlmoForCausalLM:
     """A fresh Hugging Face model of a spec: equal specs give equal weights.
 
     The weights are created in the spec's dtype, as `from_pretrained` does; the rotary frequencies
@@ -172,7 +176,7 @@ def hf_model(model: ModelSpec) -> OlmoForCausalLM:
     """
     with torch.random.fork_rng(devices=[]):
         built = OlmoForCausalLM._from_config(  # type: ignore[no-untyped-call]
-            hf_config(model), dtype=getattr(torch, model.dtype)
+            hf_config(model, attention), dtype=getattr(torch, model.dtype)
         )
     for layer in built.model.layers if model.biases else ():
         for letter in set(PROJECTIONS) - set(model.biases):
@@ -220,9 +224,9 @@ def unpatcher(adapter: type[ArchitectureAdapter]) -> Callable[[Any], None] | Non
     return found
 
 
-def reference(model: ModelSpec) -> Subject:
+def reference(model: ModelSpec, *, attention: str = "eager") -> Subject:
     """The pristine Hugging Face model."""
-    built = hf_model(model)
+    built = hf_model(model, attention)
     clamps = model.clip_qkv is not None
     return Subject(built, dict(built.named_parameters()), clamps=clamps, under_test=False)
 
@@ -250,6 +254,7 @@ def bridged(
     adapter: type[ArchitectureAdapter],
     *,
     prepared: bool = True,
+    attention: str = "eager",
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Subject:
     """A `TransformerBridge` around a Hugging Face model, built with the adapter under test.
@@ -258,9 +263,10 @@ def bridged(
         model: What to build.
         adapter: The adapter class under test.
         prepared: Call ``prepare_model`` first, as ``boot_transformers`` does.
+        attention: Hugging Face's name of the attention that the model was loaded with.
         tokenizer: Of a bridge that takes text; set up as ``boot_transformers`` does it.
     """
-    built = hf_model(model)
+    built = hf_model(model, attention)
     parameters = dict(built.named_parameters())
     with at_work("building the bridge"):
         made = make_adapter(adapter, built)

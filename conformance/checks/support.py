@@ -33,9 +33,9 @@ def blaming(subject: Subject, stage: str) -> AbstractContextManager[None]:
     return at_work(stage) if subject.under_test else nullcontext()
 
 
-def in_one_forward(case: Case) -> Case:
-    """The same case with its whole input fed at once."""
-    return replace(case, run=replace(case.run, chunks=1))
+def in_one_forward(case: Case, **changes: Any) -> Case:
+    """The same case with its whole input fed at once, and other changes of its run."""
+    return replace(case, run=replace(case.run, chunks=1, **changes))
 
 
 def sites_to_hook(subject: Subject, case: Case) -> dict[str, Site]:
@@ -81,6 +81,12 @@ def within_clip(case: Case) -> bool:
         for key, tensor in seen.items()
         if key.partition("#")[0].endswith(projected)
     )
+
+
+def bridge_of(subject: Subject) -> Any:
+    """The bridge of a bridged subject."""
+    assert subject.bridge is not None
+    return subject.bridge
 
 
 def exact_gaps(
