@@ -13,7 +13,10 @@ from conformance.strategies import on_trained
 from conformance.suite.properties import judged
 from conformance.verdict import Outcome
 
-ELSEWHERE = {"compatibility.value_biases": "the trained model has no biases"}
+ELSEWHERE = {
+    "compatibility.value_biases": "the trained model has no biases",
+    "patch.no_clip": "the trained model has a clip",
+}
 
 
 def drawn(check: Check, count: int) -> list[Case]:
