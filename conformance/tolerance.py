@@ -270,3 +270,14 @@ def of_loss_gradient(dtype: torch.dtype, pairs: int) -> Allowance:
     """
     eps = torch.finfo(dtype).eps
     return Allowance(2 * eps, 2 * eps / pairs, "the log-softmax and its gradient, by each formula")
+
+
+def of_pieces(
+    size: torch.Tensor, dtype: torch.dtype, normalized: bool, processed: bool
+) -> Allowance:
+    """The allowance of a piece of a residual stream, or of a sum of pieces."""
+    eps = torch.finfo(dtype).eps
+    if normalized:
+        eps = max(eps, FLOAT32_ULP)
+    factor = 64 if processed else 2
+    return Allowance(0.0, factor * eps * _greatest(size), "another order of summation")
