@@ -146,8 +146,8 @@ class ByHand:
             greatest = activation.double().abs().amax(-1, keepdim=True)
             for neuron in chosen:
                 value = activation[:, :, neuron, None] * down[:, neuron]
-                size = greatest * down[:, neuron].double().abs()
-                size = size if self._case.run.processing else None
+                most = greatest * down[:, neuron].double().abs()
+                size = most if self._case.run.processing else None
                 found.append(self._written(f"L{block}N{neuron}", value, size))
         return found
 
@@ -250,7 +250,7 @@ class Taken:
     positions: Collection[int]
     layer: int
     mlp_input: bool
-    draw: Any
+    draw: Callable[[int], int]
 
     @property
     def dtype(self) -> torch.dtype:

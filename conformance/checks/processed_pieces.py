@@ -43,7 +43,8 @@ def processed_cases() -> SearchStrategy[Case]:
     examples=0.5,
 )
 def processed(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Writers without their mean, folded value biases out of the heads; one drawn kind a case."""
+    """Writers without their mean, value biases folded out of the heads; in full, and drawn ways."""
     run = taken(adapter, case)
-    kinds = (components_gaps, accumulated_gaps, heads_gaps, neurons_gaps, full_gaps, shares_gaps)
-    yield from kinds[run.draw(len(kinds))](run)
+    yield from full_gaps(run)
+    others = (components_gaps, accumulated_gaps, heads_gaps, neurons_gaps, shares_gaps)
+    yield from others[run.draw(len(others))](run)

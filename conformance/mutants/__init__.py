@@ -3,6 +3,7 @@
 from conformance.mutants import (
     accessors,
     attention,
+    cached_pieces,
     caches,
     calls,
     clamp,
@@ -37,6 +38,7 @@ __all__ = [
     "Mutant",
     "accessors",
     "attention",
+    "cached_pieces",
     "caches",
     "calls",
     "clamp",
