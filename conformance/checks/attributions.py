@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from conformance.checks.pieces import Piece, Taken, taken
+from conformance.checks.pieces import Piece, Taken, taken, told_of
 from conformance.checks.registry import Adapter, check
 from conformance.compare import Gap, bitwise
 from conformance.spec import Case
@@ -56,7 +56,7 @@ def norms(adapter: Adapter, case: Case) -> Iterator[Gap]:
         due = run.due.through_final_norm(pieces)
     asked = {"layer": run.asked, "mlp_input": run.mlp_input, "pos_slice": run.pos_slice}
     asked |= {"batch_slice": batch_slice, "has_batch_dim": not run.batchless}
-    name = f"apply_ln_to_stack({asked}, recompute_ln={recomputes})"
+    name = f"apply_ln_to_stack({told_of({**asked, 'recompute_ln': recomputes})})"
     stack = _stack(run, pieces)
     with at_work(name), torch.no_grad():
         got = run.cache.apply_ln_to_stack(stack, **asked, recompute_ln=recomputes)
@@ -103,7 +103,7 @@ def shares_gaps(run: Taken) -> Iterator[Gap]:
     minus = bool(run.draw(3))
     asked = {"incorrect_tokens": wrong if minus else None, "pos_slice": run.pos_slice}
     asked |= {"batch_slice": batch_slice, "has_batch_dim": not run.batchless}
-    name = f"logit_attrs(tokens={right}, {', '.join(f'{k}={v}' for k, v in asked.items())})"
+    name = f"logit_attrs({told_of({'tokens': right, **asked})})"
     stack = _stack(run, pieces)
     with at_work(name), torch.no_grad():
         got = run.cache.logit_attrs(stack, right, **asked)
@@ -137,7 +137,7 @@ def shares_gaps(run: Taken) -> Iterator[Gap]:
     "other tokens, and the shares sum to Hugging Face's own, for the tokens, positions and rows "
     "asked for.",
     cases,
-    examples=0.5,
+    examples=0.35,
 )
 def logits(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Tokens are a number, a tensor of one, one for each row, or one for each position."""
@@ -168,7 +168,7 @@ _STACKED = {
     "stack_activation gives Hugging Face's own tensors of all layers before the one asked for, bit "
     "for bit, and so does the cache by name and layer, from the front and from the end.",
     cases,
-    examples=0.2,
+    examples=0.15,
 )
 def stacked(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Five drawn names of a cache, some rows of which may have been sliced off before."""

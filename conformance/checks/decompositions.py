@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import torch
+from transformer_lens import ActivationCache
 from transformer_lens.utilities.slice import Slice
 
-from conformance.checks.pieces import Piece, Taken, taken, total
+from conformance.checks.pieces import Piece, Taken, taken, told_of, total
 from conformance.checks.registry import Adapter, check
 from conformance.compare import Gap
 from conformance.spec import Case
@@ -17,10 +19,13 @@ from conformance.subjects import at_work
 
 Asked = dict[str, Any]
 
+# Releases before 4.2 stack neurons for an attention only.
+_ASKS_MLP_INPUT = "mlp_input" in signature(ActivationCache.stack_neuron_results).parameters
+
 
 def _call(run: Taken, name: str, **asked: Any) -> tuple[str, torch.Tensor, list[str]]:
     """What a method of the cache gives for what is asked: with how it was called, and labels."""
-    told = f"{name}({', '.join(f'{key}={value}' for key, value in asked.items())})"
+    told = f"{name}({told_of(asked)})"
     with at_work(told), torch.no_grad():
         stack, labels = getattr(run.cache, name)(**asked, return_labels=True)
     return told, stack, list(labels)
@@ -92,7 +97,7 @@ def accumulated_gaps(run: Taken) -> Iterator[Gap]:
     "positions asked for, in order and rightly named; through a LayerNorm with the scale of the "
     "layer that reads them; the components sum to its input and, at the end, to the logits.",
     cases,
-    examples=0.5,
+    examples=0.35,
 )
 def components(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Bit for bit where no LayerNorm is applied, for one drawn combination of all options."""
@@ -125,7 +130,7 @@ def heads_gaps(run: Taken) -> Iterator[Gap]:
     "also where heads share keys and values, and as remainder all that is left; with the remainder "
     "and the final LayerNorm it sums to the logits.",
     cases,
-    examples=0.5,
+    examples=0.3,
 )
 def heads(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Of one layer, some positions and options that are drawn, before or after computing all."""
@@ -173,18 +178,20 @@ def _projected(pieces: list[Piece], onto: torch.Tensor | None) -> list[Piece]:
 def neurons_gaps(run: Taken) -> Iterator[Gap]:
     """Those of ``stack_neuron_results``."""
     chosen, neurons = _some_neurons(run)
-    normalizes = run.coin()
-    rest = bool(run.layer or run.mlp_input) and run.coin()
+    normalizes, mlp_input = run.coin(), run.mlp_input and _ASKS_MLP_INPUT
+    rest = bool(run.layer or mlp_input) and run.coin()
     onto = _projection(run, normalizes)
-    asked = {"neuron_slice": chosen, "mlp_input": run.mlp_input, "apply_ln": normalizes}
+    asked = {"neuron_slice": chosen, "apply_ln": normalizes}
     asked |= {"incl_remainder": rest, "project_output_onto": onto}
+    if _ASKS_MLP_INPUT:
+        asked["mlp_input"] = mlp_input
     if normalizes and onto is None and not rest and not neurons:
         return  # nothing to normalize
     pieces = run.due.neurons(run.layer, neurons)
     if rest:
-        pieces = [*pieces, _less(run, pieces, run.mlp_input)]
+        pieces = [*pieces, _less(run, pieces, mlp_input)]
     if normalizes:
-        pieces = run.due.normalized(pieces, run.layer, run.mlp_input)
+        pieces = run.due.normalized(pieces, run.layer, mlp_input)
     name, got, labels = _call(run, "stack_neuron_results", **_where(run), **asked)
     yield from run.gaps(name, _projected(pieces, onto), got, labels)
     if normalizes and rest and onto is None:
@@ -197,7 +204,7 @@ def neurons_gaps(run: Taken) -> Iterator[Gap]:
     "down projection, bit for bit, and as remainder all that is left, also projected onto "
     "directions and through a LayerNorm.",
     cases,
-    examples=0.5,
+    examples=0.3,
 )
 def neurons(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Neurons are drawn one by one, as ranges and as lists."""
@@ -242,7 +249,7 @@ def full_gaps(run: Taken) -> Iterator[Gap]:
     "biases: together the residual stream that they decompose and, through the final LayerNorm "
     "and the unembedding, Hugging Face's logits.",
     cases,
-    examples=0.5,
+    examples=0.4,
 )
 def full(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """With neurons and without, in the same case."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformer_lens import ActivationCache
+from transformer_lens.utilities.slice import Slice
 
 from conformance.checks.compatibility import process
 from conformance.checks.registry import Adapter
@@ -58,6 +59,21 @@ def total(pieces: Sequence[Piece], label: str) -> Piece:
     for piece in pieces[1:]:
         value, size = value + piece.value, size + piece.sizes
     return Piece(label, value, size, pieces[0].normalized)
+
+
+def told_of(asked: Mapping[str, Any]) -> str:
+    """Arguments as a gap names them, in one line; of a tensor of directions its shape."""
+
+    def told(value: Any) -> str:
+        if isinstance(value, Slice):
+            return f"Slice({value.slice})"
+        if not isinstance(value, torch.Tensor):
+            return repr(value)
+        if value.is_floating_point():
+            return f"directions {list(value.shape)}"
+        return f"tensor {value.tolist()}"
+
+    return ", ".join(f"{name}={told(value)}" for name, value in asked.items())
 
 
 class ByHand:
