@@ -33,6 +33,8 @@ EDITS = (
     "in_place",
 )
 PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
+EXCLUSIVE = {"use_split_qkv_input", "use_attn_in"}
 MAX_SEED = 2**31 - 1
 # PyTorch refuses to clamp a tensor by what its dtype cannot hold.
 GREATEST_CLIP = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38, "float64": 1.79e308}
@@ -213,6 +215,7 @@ class RunSpec:
             ``boot_transformers`` does and a direct ``TransformerBridge(...)`` does not.
         edits: Interventions active during the forward.
         processing: Weight processing asked of ``enable_compatibility_mode``, where a check does.
+        flags: Flags of a bridge, turned on where a check does. They change nothing by themselves.
     """
 
     token_seed: int = 0
@@ -226,6 +229,7 @@ class RunSpec:
     prepared: bool = True
     edits: tuple[Edit, ...] = ()
     processing: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _integer(self, ("token_seed",), 0, MAX_SEED)
@@ -237,6 +241,9 @@ class RunSpec:
         cached = f"true, since chunks={self.chunks} need a cache"
         _require(self.use_cache or self.chunks == 1, "use_cache", self.use_cache, cached)
         _subset(self, "processing", PROCESSING)
+        _subset(self, "flags", FLAGS)
+        legal = f"without one of {sorted(EXCLUSIVE)}, which exclude each other"
+        _require(not set(self.flags) >= EXCLUSIVE, "flags", self.flags, legal)
         good = isinstance(self.edits, (tuple, list))
         good = good and all(isinstance(edit, Edit) for edit in self.edits)
         _require(good, "edits", self.edits, "a list of edits")

@@ -28,6 +28,8 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from conformance.profiles import chosen_dtypes
 from conformance.spec import (
     EDITS,
+    EXCLUSIVE,
+    FLAGS,
     PADDINGS,
     POSITIONS,
     PROJECTIONS,
@@ -100,6 +102,7 @@ TOKEN_SEEDS = st.sampled_from(range(2**18))
 EDIT_KINDS = st.sampled_from(EDITS)
 EDIT_SEEDS = st.sampled_from(range(2**16))
 NO_EDITS: SearchStrategy[tuple[Edit, ...]] = st.just(())
+NO_FLAGS: SearchStrategy[tuple[str, ...]] = st.just(())
 
 
 def grouped_heads() -> SearchStrategy[tuple[int, int]]:
@@ -125,6 +128,17 @@ def clip_inactive() -> SearchStrategy[float | None]:
 def clip_present() -> SearchStrategy[float | None]:
     """Clips of every kind, but always one. Shrinks towards one that binds."""
     return st.sampled_from((*_BINDING, *_TOTAL, _FAR))
+
+
+def legal_flags(*needed: str) -> SearchStrategy[tuple[str, ...]]:
+    """Flags of a bridge, in every legal combination but none. Shrinks towards one.
+
+    Args:
+        needed: Flags that are always among them.
+    """
+    sets = (some for size in range(1, 1 + len(FLAGS)) for some in combinations(FLAGS, size))
+    fitting = [some for some in sets if set(needed) <= set(some) and not set(some) >= EXCLUSIVE]
+    return st.sampled_from(fitting)
 
 
 @st.composite
@@ -219,6 +233,7 @@ def run_specs(
     trainings: SearchStrategy[bool] = TRAININGS,
     preparations: SearchStrategy[bool] = PREPARATIONS,
     edits: SearchStrategy[tuple[Edit, ...]] = NO_EDITS,
+    flags: SearchStrategy[tuple[str, ...]] = NO_FLAGS,
 ) -> RunSpec:
     """Runs of a model. Shrinks towards one row of one token, no padding, no cache, eval mode.
 
@@ -234,6 +249,7 @@ def run_specs(
         trainings: Whether the run is in train mode, which shows only through a model's dropout.
         preparations: Whether ``prepare_model`` runs before the model is bridged.
         edits: The interventions, all of them.
+        flags: The bridge's flags, all of them.
     """
     length = min(draw(lengths), model.max_position_embeddings)
     padding = draw(paddings)
@@ -254,6 +270,7 @@ def run_specs(
         training=draw(trainings),
         prepared=draw(preparations),
         edits=draw(edits),
+        flags=draw(flags),
     )
 
 
