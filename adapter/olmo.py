@@ -45,6 +45,7 @@ class OlmoArchitectureAdapter(ArchitectureAdapter):
         optional_hooks: Hook points that this adapter has beyond those of every OLMo bridge.
     """
 
+    exact_flags = True
     optional_parameters: tuple[str, ...] = OPTIONAL_PARAMETERS
     optional_hooks: tuple[str, ...] = (
         "blocks.{i}.attn.hook_q_clipped",

@@ -191,6 +191,8 @@ def observe(
     sites: Mapping[str, Site] | None = None,
     backward: bool = True,
     gradients_at: frozenset[str] | None = None,
+    recorder: Recorder | None = None,
+    data: Inputs | None = None,
 ) -> Observation:
     """Run a subject forwards, and backwards if asked, and keep what it showed.
 
@@ -201,9 +203,11 @@ def observe(
             None records nothing: the bare model, with no hook of ours on it.
         backward: Send the probe back through the logits.
         gradients_at: Sites of a bridge to hook backwards; None hooks all of ``sites``.
+        recorder: What keeps and edits, if not a plain one.
+        data: What to feed; None draws it from the case.
     """
-    data = inputs(case)
-    recorder = Recorder(case)
+    data = data or inputs(case)
+    recorder = recorder or Recorder(case)
     around: Any = nullcontext()
     if sites is not None and subject.bridge is not None:
         wanted = frozenset(sites) if gradients_at is None else gradients_at

@@ -40,7 +40,7 @@ def processed_cases() -> SearchStrategy[Case]:
     return cases(models=models, runs=runs)
 
 
-def _process(subject: Subject, case: Case) -> list[str]:
+def process(subject: Subject, case: Case) -> list[str]:
     """Turn compatibility mode on with the case's processing; the warnings that it gave."""
     assert subject.bridge is not None
     flags = {name: name in case.run.processing for name in PROCESSING}
@@ -51,7 +51,7 @@ def _process(subject: Subject, case: Case) -> list[str]:
     return [str(warning.message) for warning in seen]
 
 
-def _log_probabilities(logits: torch.Tensor, case: Case) -> torch.Tensor:
+def log_probabilities_of(logits: torch.Tensor, case: Case) -> torch.Tensor:
     """Log-probabilities at real tokens ``[token, d_vocab]``: centering shifts logits as a whole."""
     mask = inputs(case).attention_mask
     chosen = logits if mask is None else logits[mask.bool()]
@@ -68,10 +68,10 @@ def log_probabilities(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """With and without biases, clip and grouped heads, for every activation."""
     expected = observe(reference(case.model), case, backward=False)
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
-    _process(subject, case)
+    process(subject, case)
     actual = observe(subject, case, backward=False)
-    due = _log_probabilities(expected.logits, case)
-    got = _log_probabilities(actual.logits, case)
+    due = log_probabilities_of(expected.logits, case)
+    got = log_probabilities_of(actual.logits, case)
     gap = compare_tensors("log-probabilities", due, got, of_log_probabilities())
     yield from [gap] if gap else []
 
@@ -92,7 +92,7 @@ def value_biases(adapter: Adapter, case: Case) -> Iterator[Gap]:
     run = replace(case.run, training=False, processing=("fold_value_biases",))
     case = replace(case, run=run)
     subject = bridged(case.model, adapter, prepared=run.prepared)
-    said = _process(subject, case)
+    said = process(subject, case)
     assert subject.bridge is not None
     legal = case.model.clip_qkv is None
     for block in range(case.model.num_hidden_layers):
@@ -127,10 +127,10 @@ def refusal(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield Gap("refactor_factored_attn_matrices", "contract", "was not refused")
         return
     yield from logits_gap(before, observe(subject, case, backward=False), "logits after a refusal")
-    _process(subject, case)
+    process(subject, case)
     after = observe(subject, case, backward=False)
-    due = _log_probabilities(before.logits, case)
-    got = _log_probabilities(after.logits, case)
+    due = log_probabilities_of(before.logits, case)
+    got = log_probabilities_of(after.logits, case)
     gap = compare_tensors("log-probabilities", due, got, of_log_probabilities())
     yield from [gap] if gap else []
 
@@ -145,7 +145,7 @@ def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Counted at each hook point; its aliases are other names of the same."""
     case = replace(case, run=replace(case.run, chunks=1))
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
-    _process(subject, case)
+    process(subject, case)
     assert subject.bridge is not None
     fired: Counter[str] = Counter()
     # By the names of hook_dict: a hook point's own name is a legacy one in this mode.
@@ -168,7 +168,7 @@ def trains(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Processed weights are other tensors than the model's, but not detached ones."""
     case = replace(case, run=replace(case.run, chunks=1))
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
-    _process(subject, case)
+    process(subject, case)
     bridge = subject.bridge
     assert bridge is not None
     with at_work("a backward in compatibility mode"):

@@ -3,6 +3,7 @@
 from conformance.mutants import (
     attention,
     clamp,
+    flags,
     gradients,
     hooks,
     layernorm,
@@ -21,6 +22,7 @@ __all__ = [
     "Mutant",
     "attention",
     "clamp",
+    "flags",
     "gradients",
     "hooks",
     "kill",

@@ -123,11 +123,6 @@ def points(bridge: TransformerBridge, site: str) -> list[HookPoint]:
     return [bridge.hook_dict[site.replace("{i}", str(block))] for block in range(blocks)]
 
 
-def with_gradient_of(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """The value of one tensor, bit for bit, with the gradient of another."""
-    return value.detach() + (other - other.detach())
-
-
 def hook_mutant(name: str, breaks: str, trigger: str, killer: str, site: str, call: Call) -> None:
     """Register a mutant whose hook points at a site treat tensors as ``call`` does."""
 

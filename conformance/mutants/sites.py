@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from conformance.mutants.catalogue import Call, hook_mutant, with_gradient_of
+from conformance.forks import with_gradient_of
+from conformance.mutants.catalogue import Call, hook_mutant
 from conformance.sites import TABLE, Site, Status
 
 _SITES = [site for site in TABLE if site.status in (Status.REQUIRED, Status.OPTIONAL)]
