@@ -53,7 +53,8 @@ _RECOMPUTED = 8 * FLOAT32_ULP
 _LOSS = 8 * FLOAT32_ULP
 
 
-_BY_HEAD = 2.0
+_SUM = 2.0
+_NUDGES = 4.0
 
 
 def exactly(dtype: torch.dtype) -> Allowance:
@@ -168,14 +169,27 @@ def of_log_probabilities() -> Allowance:
     return Allowance(0.0, 5e-5, "processed weights: other roundings of the same function")
 
 
-def of_sum_by_head(dtype: torch.dtype, size: float, *, through_norm: bool = False) -> Allowance:
-    """The allowance of what is summed head by head where Hugging Face takes one product.
+def of_sum(dtype: torch.dtype, size: float, *, through_norm: bool = False) -> Allowance:
+    """The allowance of a sum that may be taken in another order.
 
     Args:
         dtype: Of what is summed.
         size: How much is added up at most, in absolute terms.
         through_norm: Whether it comes through a LayerNorm, which computes in float32.
     """
-    eps = torch.finfo(dtype).eps
-    bound = _BY_HEAD * max(eps, FLOAT32_ULP if through_norm else 0.0)
-    return Allowance(bound, bound * size, "summed by head: another order of summation")
+    bound = _SUM * max(torch.finfo(dtype).eps, FLOAT32_ULP if through_norm else 0.0)
+    return Allowance(bound, bound * size, "another order of summation")
+
+
+def of_rounding(plain: torch.Tensor, nudged: torch.Tensor) -> Allowance:
+    """The allowance of what is computed by another way that is equal but for its rounding.
+
+    Args:
+        plain: What a run gave.
+        nudged: What the same run gave with each value on the way off by about one rounding.
+    """
+    # A masked score is the least number there is, and says nothing of the others' size.
+    unmasked = plain[plain.abs() < torch.finfo(plain.dtype).max / 2]
+    greatest, moved = _greatest(unmasked.abs()), _greatest((plain - nudged).abs())
+    atol = _NUDGES * (moved + FLOAT32_ULP * greatest)
+    return Allowance(0.0, atol, "equal but for rounding: as far as roundings move the reference")

@@ -14,8 +14,10 @@ from conformance.checks import (
     hooks,
     interventions,
     layernorm,
+    metamorphic,
     patch,
     precision,
+    symmetries,
 )
 from conformance.checks.registry import REGISTRY, Check, judge, require
 
@@ -36,7 +38,9 @@ __all__ = [
     "interventions",
     "judge",
     "layernorm",
+    "metamorphic",
     "patch",
     "precision",
     "require",
+    "symmetries",
 ]

@@ -16,7 +16,7 @@ from conformance.observe import Observation, observe, sites_of
 from conformance.sites import Site, gated, sites
 from conformance.spec import Case, Edit
 from conformance.subjects import Subject, at_work, reference
-from conformance.tolerance import Allowance, of_sum_by_head
+from conformance.tolerance import Allowance, of_sum
 
 
 def is_exact(adapter: Adapter) -> bool:
@@ -112,7 +112,7 @@ def paired(adapter: Adapter, subject: Subject, case: Case) -> Pair:
     def allowed(sizes: Mapping[str, float], through_norm: bool = False) -> dict[str, Allowance]:
         dtype = getattr(torch, case.model.dtype)
         return {
-            name: of_sum_by_head(dtype, size, through_norm=through_norm)
+            name: of_sum(dtype, size, through_norm=through_norm)
             for name, size in sizes.items()
             if not pure or name.partition("#")[0] in forks.gates
         }

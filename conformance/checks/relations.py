@@ -1,0 +1,115 @@
+"""What metamorphic checks share: relating two runs, how far rounding goes, and changing weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from conformance.compare import Gap, compare_tensors
+from conformance.observe import Observation, Recorder, observe
+from conformance.sites import Site
+from conformance.spec import Case
+from conformance.subjects import Subject
+from conformance.tolerance import FLOAT32_ULP, exactly, of_rounding
+
+# From a name, ``value`` or ``gradient``, what is due and what came, to what of them must agree.
+View = Callable[[str, str, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
+
+
+class _Nudges(Recorder):
+    """Moves every value, and every gradient, by about one rounding of its row's greatest entry."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self.draw = torch.Generator().manual_seed(case.run.token_seed)
+        self.room = case.model.max_position_embeddings
+
+    def visit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Recorder.visit`."""
+        # Masked scores are as large as numbers get: what moves them is moved queries and keys.
+        if not tensor.is_floating_point() or name.endswith("hook_attn_scores"):
+            return super().visit(name, tensor)
+        # An angle is rounded in units of itself, which grows with the position.
+        far = self.room if name.endswith(("hook_cos", "hook_sin")) else 1
+        tensor = super().visit(name, self.nudged(tensor, far))
+        if tensor.requires_grad and self.backward:
+            tensor.register_hook(self.nudged)  # type: ignore[no-untyped-call]
+        return tensor
+
+    def nudged(self, tensor: torch.Tensor, by: int = 1) -> torch.Tensor:
+        """The tensor with each entry a little up or down."""
+        sign = torch.randint(0, 2, tensor.shape, generator=self.draw) * 2 - 1
+        greatest = tensor.detach().abs().amax(-1, keepdim=True)
+        return tensor + by * FLOAT32_ULP * sign * greatest
+
+
+def underived(sites: Mapping[str, Site]) -> dict[str, Site]:
+    """Sites whose tensor Hugging Face computes: relations are stated of these."""
+    return {name: site for name, site in sites.items() if not site.derived}
+
+
+def nudged(subject: Subject, case: Case, sites: Mapping[str, Site]) -> Observation:
+    """What a float32 or float64 reference shows when every number on the way is rounded once more.
+
+    Between it and the plain run lies what rounding can do in this case: little where it cancels,
+    much behind a LayerNorm of nearly equal entries.
+    """
+    return observe(subject, case, sites=sites, recorder=_Nudges(case))
+
+
+def related_gaps(
+    expected: Observation,
+    actual: Observation,
+    sites: Mapping[str, Site],
+    view: View,
+    *,
+    moved: Observation | None = None,
+    label: str = "",
+) -> Iterator[Gap]:
+    """Where two runs are not related as they should be: at sites, and in the logits.
+
+    Args:
+        expected: The reference's run.
+        actual: The bridge's related one.
+        sites: The sites related, in order. Derived ones are left out.
+        view: What must agree.
+        moved: The run of `nudged`, where the relation holds but for rounding; None is bitwise.
+        label: Put before the names of what does not agree.
+    """
+
+    def look(
+        name: str, kind: str, due: torch.Tensor, got: torch.Tensor | None, by: torch.Tensor | None
+    ) -> Iterator[Gap]:
+        if got is None:
+            yield Gap(f"{label}{name}", "missing", f"no {kind} of it")
+            return
+        seen = view(name, kind, due, got)
+        if seen is None:
+            return
+        allowance = exactly(due.dtype)
+        if by is not None and due.is_floating_point():
+            allowance = of_rounding(due, by)
+        gap = compare_tensors(f"{label}{name}", *seen, allowance, kind=kind)
+        yield from [gap] if gap else []
+
+    for kind, dues, gots, bys in (
+        ("value", expected.values, actual.values, moved.values if moved else {}),
+        ("gradient", expected.gradients, actual.gradients, moved.gradients if moved else {}),
+    ):
+        for name in (name for name, site in sites.items() if not site.derived and name in dues):
+            yield from look(name, kind, dues[name], gots.get(name), bys.get(name))
+    by = moved.logits if moved else None
+    yield from look("logits", "value", expected.logits, actual.logits, by)
+
+
+def reweigh(subject: Subject, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    """Change the weights of a model where they lie, as an optimizer would.
+
+    Args:
+        subject: The model, bridged or not.
+        change: From Hugging Face's name of a parameter and the parameter to what it becomes.
+    """
+    with torch.no_grad():
+        for name, parameter in subject.parameters.items():
+            parameter.copy_(change(name, parameter.clone()))
