@@ -43,15 +43,17 @@ class OlmoArchitectureAdapter(ArchitectureAdapter):
     Attributes:
         optional_parameters: ``OPTIONAL_PARAMETERS``, the parameters that may be missing.
         optional_hooks: Hook points that this adapter has beyond those of every OLMo bridge.
+        exact_flags: The flags ``use_attn_result``, ``use_split_qkv_input``, ``use_attn_in`` and
+            ``use_hook_mlp_in`` change no bit where nothing is edited.
     """
 
-    exact_flags = True
     optional_parameters: tuple[str, ...] = OPTIONAL_PARAMETERS
     optional_hooks: tuple[str, ...] = (
         "blocks.{i}.attn.hook_q_clipped",
         "blocks.{i}.attn.hook_k_clipped",
         "blocks.{i}.attn.hook_v_clipped",
     )
+    exact_flags = True
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)

@@ -54,7 +54,7 @@ _LOSS = 8 * FLOAT32_ULP
 
 
 _SUM = 2.0
-_NUDGES = 4.0
+_NUDGES = 8.0
 
 
 def exactly(dtype: torch.dtype) -> Allowance:

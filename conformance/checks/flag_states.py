@@ -71,7 +71,7 @@ def refused(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "copy.deepcopy of a bridge takes its flags along; those of the copy are its own from then on, "
     "and edits behind them act on the copy, and on the copy alone.",
     lambda: cases(runs=gate_edits),
-    examples=0.2,
+    examples=0.15,
 )
 def copies(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Copied before or after a forward; flags turned on before copying, or on the copy alone."""

@@ -51,7 +51,7 @@ def _outcome_gaps(
     "Flags, alone and in every legal combination, set by set_use_* or on cfg, before or after a "
     "forward, change neither logits nor gradients; turned off they leave nothing behind.",
     flagged_cases,
-    examples=0.5,
+    examples=0.4,
 )
 def unchanged(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """On, off and on again. Off, every bit is Hugging Face's."""
@@ -133,7 +133,7 @@ def gate_edits_in_place(model: ModelSpec) -> SearchStrategy[RunSpec]:
     "from scratch, on that head alone; of grouped heads, a key-value head reads the mean of its "
     "group's copies under use_attn_in.",
     lambda: cases(models=model_specs(heads=SEVERAL_HEADS), runs=gate_edits),
-    examples=0.6,
+    examples=0.5,
 )
 def edited(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Every later value, and every gradient, is that of a reference led through the copies."""

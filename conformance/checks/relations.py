@@ -18,30 +18,24 @@ View = Callable[[str, str, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torc
 
 
 class _Nudges(Recorder):
-    """Moves every value, and every gradient, by about one rounding of its row's greatest entry."""
+    """Moves every value by about one rounding of its row's greatest entry."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, angles: int) -> None:
         super().__init__(case)
         self.draw = torch.Generator().manual_seed(case.run.token_seed)
-        self.room = case.model.max_position_embeddings
+        self.angles = angles
 
     def visit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """See `Recorder.visit`."""
         # Masked scores are as large as numbers get: what moves them is moved queries and keys.
         if not tensor.is_floating_point() or name.endswith("hook_attn_scores"):
             return super().visit(name, tensor)
-        # An angle is rounded in units of itself, which grows with the position.
-        far = self.room if name.endswith(("hook_cos", "hook_sin")) else 1
-        tensor = super().visit(name, self.nudged(tensor, far))
-        if tensor.requires_grad and self.backward:
-            tensor.register_hook(self.nudged)  # type: ignore[no-untyped-call]
-        return tensor
-
-    def nudged(self, tensor: torch.Tensor, by: int = 1) -> torch.Tensor:
-        """The tensor with each entry a little up or down."""
-        sign = torch.randint(0, 2, tensor.shape, generator=self.draw) * 2 - 1
-        greatest = tensor.detach().abs().amax(-1, keepdim=True)
-        return tensor + by * FLOAT32_ULP * sign * greatest
+        by = self.angles if name.endswith(("hook_cos", "hook_sin")) else 1
+        # Neighbours go opposite ways, or a LayerNorm of two entries would not notice.
+        way = 1 - torch.arange(tensor.shape[-1]) % 2 * 2
+        sign = torch.randint(0, 2, (*tensor.shape[:-1], 1), generator=self.draw) * 2 - 1
+        greatest = tensor.abs().amax(-1, keepdim=True)
+        return super().visit(name, tensor + by * FLOAT32_ULP * way * sign * greatest)
 
 
 def underived(sites: Mapping[str, Site]) -> dict[str, Site]:
@@ -49,13 +43,24 @@ def underived(sites: Mapping[str, Site]) -> dict[str, Site]:
     return {name: site for name, site in sites.items() if not site.derived}
 
 
-def nudged(subject: Subject, case: Case, sites: Mapping[str, Site]) -> Observation:
+def nudged(
+    subject: Subject, case: Case, sites: Mapping[str, Site], *, angles: int = 1
+) -> Observation:
     """What a float32 or float64 reference shows when every number on the way is rounded once more.
 
     Between it and the plain run lies what rounding can do in this case: little where it cancels,
-    much behind a LayerNorm of nearly equal entries.
+    much behind a LayerNorm of nearly equal entries. It goes forwards only: a gradient has kinks, at
+    the clip and at an activation's, where the least rounding moves it by all it is.
+
+    Args:
+        subject: The reference.
+        case: What it runs.
+        sites: Where numbers are moved, and shown.
+        angles: By how many roundings cosines and sines are moved: an angle is rounded in units of
+            itself, which grows with the position.
     """
-    return observe(subject, case, sites=sites, recorder=_Nudges(case))
+    nudges = _Nudges(case, angles)
+    return observe(subject, case, sites=sites, backward=False, recorder=nudges)
 
 
 def related_gaps(
@@ -84,7 +89,12 @@ def related_gaps(
         if got is None:
             yield Gap(f"{label}{name}", "missing", f"no {kind} of it")
             return
-        seen = view(name, kind, due, got)
+        try:
+            seen = view(name, kind, due, got)
+        except (RuntimeError, IndexError):
+            shapes = f"{list(got.shape)} cannot follow from {list(due.shape)}"
+            yield Gap(f"{label}{name}", "shape", shapes)
+            return
         if seen is None:
             return
         allowance = exactly(due.dtype)
@@ -93,12 +103,14 @@ def related_gaps(
         gap = compare_tensors(f"{label}{name}", *seen, allowance, kind=kind)
         yield from [gap] if gap else []
 
-    for kind, dues, gots, bys in (
-        ("value", expected.values, actual.values, moved.values if moved else {}),
-        ("gradient", expected.gradients, actual.gradients, moved.gradients if moved else {}),
-    ):
-        for name in (name for name, site in sites.items() if not site.derived and name in dues):
-            yield from look(name, kind, dues[name], gots.get(name), bys.get(name))
+    bys = moved.values if moved else {}
+    for name in (name for name, site in sites.items() if not site.derived):
+        if name in expected.values:
+            value, got = expected.values[name], actual.values.get(name)
+            yield from look(name, "value", value, got, bys.get(name))
+        if name in expected.gradients:
+            due, got = expected.gradients[name], actual.gradients.get(name)
+            yield from look(name, "gradient", due, got, None)
     by = moved.logits if moved else None
     yield from look("logits", "value", expected.logits, actual.logits, by)
 

@@ -123,7 +123,7 @@ def scaling(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "Heads in another order, whole groups and within them, and neurons in another order: their "
     "own hooks show that order, everything else stays.",
     lambda: cases(models=model_specs(dtypes=WIDE), runs=whole_runs),
-    examples=0.3,
+    examples=0.25,
 )
 def units(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """But for rounding, with weights changed under a bridge that has run."""
@@ -167,8 +167,8 @@ def units(adapter: Adapter, case: Case) -> Iterator[Gap]:
     observe(subject, case)
     reweigh(subject, ordered)
     every = sites_of(subject, case)
-    expected, moved = observe(truth, case, sites=every), nudged(truth, case, every)
-    actual = observe(subject, case, sites=underived(every))
+    expected, moved = observe(truth, case, sites=every, backward=False), nudged(truth, case, every)
+    actual = observe(subject, case, sites=underived(every), backward=False)
     yield from related_gaps(expected, actual, every, related, moved=moved)
 
 
@@ -194,15 +194,13 @@ def groups(adapter: Adapter, case: Case) -> Iterator[Gap]:
     def related(name: str, kind: str, due: torch.Tensor, got: torch.Tensor) -> Any:
         if _hook(name) not in (*_KEYS, *_VALUES):
             return due, got
-        if kind == "value":
-            return due.repeat_interleave(size, 2), got
-        return due, got.reshape(*due.shape[:3], -1, due.shape[3]).sum(3)
+        return due.repeat_interleave(size, 2), got
 
     subject = bridged(full, adapter, prepared=case.run.prepared)
     reweigh(subject, repeated)
     every = sites_of(subject, case)
-    expected, moved = observe(truth, case, sites=every), nudged(truth, case, every)
-    actual = observe(subject, replace(case, model=full), sites=underived(every))
+    expected, moved = observe(truth, case, sites=every, backward=False), nudged(truth, case, every)
+    actual = observe(subject, replace(case, model=full), sites=underived(every), backward=False)
     yield from related_gaps(expected, actual, every, related, moved=moved)
 
 
@@ -245,7 +243,7 @@ def vocabulary(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "symmetry.neutral",
     "A block that writes nothing, biases of zero and a clip beyond all numbers change nothing.",
     lambda: cases(runs=whole_runs),
-    examples=0.4,
+    examples=0.3,
 )
 def neutral(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Bitwise: the bridge has all three, and the reference none of them that it had not before."""

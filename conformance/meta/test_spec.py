@@ -39,6 +39,7 @@ RECORD = Record(
             use_cache=True,
             chunks=2,
             edits=(Edit(site="blocks.0.hook_in", kind="noise", seed=3),),
+            flags=("use_attn_result", "use_attn_in"),
         ),
         tokens=((0, 1, 16), (2, 2, 2)),
     ),
@@ -105,6 +106,12 @@ RUN: list[tuple[dict[str, object], str, str]] = [
     ({"chunks": 0}, "chunks", "an integer in 1..2"),
     ({"chunks": 2}, "use_cache", "chunks=2 need a cache"),
     ({"edits": ("blocks.0.hook_in",)}, "edits", "a list of edits"),
+    ({"flags": ("use_everything",)}, "flags", "a subset of ('use_attn_result',"),
+    (
+        {"flags": ("use_split_qkv_input", "use_attn_in")},
+        "flags",
+        "without one of ['use_attn_in', 'use_split_qkv_input']",
+    ),
 ]
 
 EDIT: list[tuple[dict[str, object], str, str]] = [
@@ -171,6 +178,7 @@ def test_bad_value(
         lambda: ModelSpec(attention_dropout=0),
         lambda: ModelSpec(weight_seed=MAX_SEED),
         lambda: RunSpec(chunks=2, use_cache=True),
+        lambda: RunSpec(flags=("use_attn_result", "use_attn_in", "use_hook_mlp_in")),
         lambda: Case(run=RunSpec(seq_len=32)),
         lambda: Case(tokens=((0, 16),)),
     ],
@@ -185,6 +193,8 @@ def test_lists_are_normalised() -> None:
     assert Case(tokens=[[0, 1]]).tokens == ((0, 1),)  # type: ignore[arg-type]
     edit = Edit(site="embed.hook_in")
     assert RunSpec(edits=[edit]).edits == (edit,)  # type: ignore[arg-type]
+    flags = ["use_attn_in", "use_attn_result"]
+    assert RunSpec(flags=flags).flags == ("use_attn_result", "use_attn_in")  # type: ignore[arg-type]
     assert len({ModelSpec(biases=["o", "q"]), ModelSpec(biases=("q", "o"))}) == 1  # type: ignore[arg-type]
 
 
