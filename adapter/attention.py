@@ -11,7 +11,7 @@ from transformers.models.olmo.modeling_olmo import apply_rotary_pos_emb, repeat_
 from transformers.utils import output_capturing
 
 from adapter.forks import change_of_heads, head_contributions, mean_of_groups, project_change
-from adapter.hooks import drop_hook, isolated, new_hook
+from adapter.hooks import drop_hook, new_hook
 from adapter.layouts import HeadsAfterPositions, SplitHeads
 
 
@@ -89,13 +89,10 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
         key = repeat_kv(key, hf.num_key_value_groups)
         value = repeat_kv(value, hf.num_key_value_groups)
         scores = torch.matmul(query, key.transpose(2, 3)) * hf.scaling
-        scores = self._apply_reconstruct_attention_mask(
-            scores, kwargs.get("attention_mask"), key.shape[-2], query.shape[-2]
-        )
+        scores = self._masked(scores, kwargs.get("attention_mask"))
         pattern = self._pattern_of(self.hook_attn_scores(scores), query.dtype)
         pattern = dropout(pattern, p=hf.attention_dropout, training=self.training)
-        # Softmax needs its output for its gradient, whatever a hook does to it in place.
-        pattern = self.hook_pattern(isolated(pattern, self.hook_pattern))
+        pattern = self.hook_pattern(pattern)
         _record_attentions(pattern)
 
         z = torch.matmul(pattern, value).transpose(1, 2).contiguous()
@@ -119,7 +116,7 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
             residual, norm = hidden_states, torch.nn.Identity()
         projected = []
         for linear, change in zip(linears, self._changes(residual, norm), strict=True):
-            source = linear.hook_in(isolated(hidden_states, linear.hook_in))
+            source = linear.hook_in(hidden_states)
             if bool(change.any()) and not torch.equal(source, norm(residual)):
                 raise ValueError(
                     f"blocks.{hf.layer_idx}.attn: a per-head input hook and a hook between ln1 and "
@@ -174,11 +171,19 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
                 positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
             embeddings = self._rotary_emb(hidden_states, positions)
         cos, sin = embeddings
-        # All blocks read the same pair.
-        return (
-            self.hook_cos(isolated(cos, self.hook_cos)),
-            self.hook_sin(isolated(sin, self.hook_sin)),
-        )
+        return self.hook_cos(cos), self.hook_sin(sin)
+
+    def _masked(self, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Masked scores, ``[batch, head, query, key]``, in the wider dtype of scores and mask.
+
+        So Hugging Face adds them. Under autocast the scores are short and the mask is not: its
+        lowest number is -inf in a shorter dtype, and a query that sees no key would get NaN.
+        """
+        if mask is not None and mask.is_floating_point():
+            scores = scores.to(torch.promote_types(scores.dtype, mask.dtype))
+        queries, keys = scores.shape[-2:]
+        masked: torch.Tensor = self._apply_reconstruct_attention_mask(scores, mask, keys, queries)
+        return masked
 
     def _pattern_of(self, scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Softmax over keys in float32, then the model's dtype, ``[batch, head, query, key]``.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
-from adapter.hooks import isolated
+from adapter.recompute import same_hooks_again
 
 
 class OlmoBlockBridge(BlockBridge):
@@ -17,6 +17,11 @@ class OlmoBlockBridge(BlockBridge):
     copy's ``hook_mlp_in`` did nothing and fired the original's hook. Bound methods are copied with
     their owner.
     """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block on the residual stream ``[batch, pos, d_model]``."""
+        with same_hooks_again(self, self.original_component):
+            return super().forward(*args, **kwargs)
 
     def _maybe_wire_capture_hooks(self) -> None:
         """Listen at the two LayerNorms, once."""
@@ -41,4 +46,4 @@ class OlmoBlockBridge(BlockBridge):
         """Fire ``hook_mlp_in`` on what the MLP branch reads, ``[batch, pos, d_model]``."""
         if not self._read_use_hook_mlp_in():
             return None
-        return (self.hook_mlp_in(isolated(args[0], self.hook_mlp_in)),)
+        return (self.hook_mlp_in(args[0]),)

@@ -1,19 +1,28 @@
-"""Weight processing that never changes what the model computes."""
+"""What OLMo's bridge does otherwise than TransformerLens': weight processing, and compilation."""
 
 from __future__ import annotations
 
 import warnings
+from inspect import signature
 from typing import Any
 
-from transformer_lens.model_bridge import TransformerBridge
+import torch
+
+from adapter.gates import refuse_gated
+from adapter.state import WholeStateBridge
 
 
-class OlmoTransformerBridge(TransformerBridge):
+class OlmoTransformerBridge(WholeStateBridge):
     """A TransformerBridge that refuses or skips what is not legal for OLMo.
 
     TransformerLens decides about weight processing in the bridge and tells an architecture adapter
     neither what was asked nor early enough to say no, so the adapter gives its bridges this class.
     """
+
+    # Hooks are Python that comes and goes between two calls. Traced, every one of them breaks the
+    # graph, a change of them compiles anew, and an older PyTorch fails at it. So torch.compile
+    # leaves a bridge as it is: a compiled one runs eagerly, hooks and all.
+    forward = torch.compiler.disable(WholeStateBridge.forward)  # type: ignore[no-untyped-call]
 
     def enable_compatibility_mode(
         self,
@@ -58,6 +67,17 @@ class OlmoTransformerBridge(TransformerBridge):
             center_unembed=center_unembed,
             fold_value_biases=fold_value_biases,
         )
+
+    def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """Run and cache; refuse a name whose hook fires only under a flag that is off."""
+        given = signature(super().run_with_cache).bind(*args, **kwargs).arguments
+        refuse_gated(self, given.get("names_filter"))
+        return super().run_with_cache(*args, **kwargs)
+
+    def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Build caching hooks; refuse a name whose hook fires only under a flag that is off."""
+        refuse_gated(self, names_filter)
+        return super().get_caching_hooks(names_filter, *args, **kwargs)
 
     def _why_value_biases_must_stay(self) -> str | None:
         """The reason why folding would change the model, or None.

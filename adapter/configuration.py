@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from transformer_lens.config import TransformerBridgeConfig
@@ -27,7 +28,13 @@ def tell_the_truth(bridge: TransformerBridge) -> None:
         "eps": EPS,
         "tie_word_embeddings": model.lm_head.weight is model.model.embed_tokens.weight,
     }
+    for config in configurations(bridge):
+        vars(config).update(facts)
+
+
+def configurations(bridge: TransformerBridge) -> Iterator[TransformerBridgeConfig]:
+    """The bridge's configuration and those of its components."""
     for owner in (bridge, *bridge.modules()):
         config = owner.cfg if owner is bridge else getattr(owner, "config", None)
         if isinstance(config, TransformerBridgeConfig):
-            vars(config).update(facts)
+            yield config

@@ -1,15 +1,48 @@
-"""Small helpers over TransformerLens hook points."""
+"""TransformerLens hook points whose hooks reach what reads the tensor there, and nothing else."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 
+class OlmoHookPoint(HookPoint):
+    """A hook point that is a place of its own in the computation, forwards and backwards.
+
+    Forward hooks get a copy. Neighbouring hook points show one and the same tensor, which siblings
+    read too: without the copy an in-place edit at one of them would also reach the siblings, what a
+    cache keeps of the neighbours, and the caller's own tokens.
+
+    Backward hooks see, and may replace, the gradient of the tensor that the forward hooks left,
+    each what the one before it returned. PyTorch's full backward hooks, on which TransformerLens
+    builds, show all of them the same gradient, and take what the last one returns for that of the
+    tensor before the forward hooks, past the derivative of their edits.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pass ``x`` on, or a copy of it for the hooks."""
+        return x.clone() if is_hooked(self) else x
+
+    def register_full_backward_hook(
+        self, hook: Callable[..., Any], prepend: bool = False
+    ) -> RemovableHandle:
+        """Call ``hook`` with the gradient of what leaves this point, before it flows on."""
+
+        def before(module: torch.nn.Module, gradient: Any) -> Any:
+            return hook(module, gradient, gradient)
+
+        before.__name__ = getattr(hook, "__name__", repr(hook))
+        return self.register_full_backward_pre_hook(before, prepend=prepend)
+
+
 def new_hook() -> HookPoint:
     """Make a hook point (whose own signature has no types)."""
-    return HookPoint()  # type: ignore[no-untyped-call]
+    return OlmoHookPoint()  # type: ignore[no-untyped-call]
 
 
 def is_hooked(point: HookPoint) -> bool:
@@ -22,13 +55,13 @@ def is_hooked(point: HookPoint) -> bool:
     )
 
 
-def isolated(tensor: torch.Tensor, point: HookPoint) -> torch.Tensor:
-    """Give ``point`` a copy of ``tensor`` when someone could edit it in place there.
-
-    Sibling branches read the same tensor; without the copy an in-place edit meant for one of
-    them would reach all.
-    """
-    return tensor.clone() if is_hooked(point) else tensor
+def adopt(component: GeneralizedComponent) -> None:
+    """Make the hook points that TransformerLens has created in a component, and below it, ours."""
+    for point in component.modules():
+        if type(point) is HookPoint:
+            point.__class__ = OlmoHookPoint
+    for below in component.submodules.values():
+        adopt(below)
 
 
 def drop_hook(component: GeneralizedComponent, name: str) -> None:

@@ -8,18 +8,9 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge.generalized_components import GatedMLPBridge, LinearBridge
 
-from adapter.hooks import isolated
-
 
 class BranchLinearBridge(LinearBridge):
-    """A projection that reads a tensor its siblings read too.
-
-    An in-place edit at ``hook_in`` stays in this branch, as a returned edit does.
-    """
-
-    def forward(self, input: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Project ``[batch, pos, in]`` to ``[batch, pos, out]``."""
-        return super().forward(isolated(input, self.hook_in), *args, **kwargs)
+    """A projection that reads a tensor its siblings read too."""
 
 
 class OutputLinearBridge(LinearBridge):

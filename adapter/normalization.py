@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 
-from adapter.hooks import is_hooked, isolated
+from adapter.hooks import is_hooked
 
 EPS = 1e-5  # a literal inside transformers' OlmoLayerNorm; the configuration has no such field
 
@@ -29,7 +29,7 @@ class OlmoLayerNormBridge(NormalizationBridge):
         """Normalize ``[batch, pos, d_model]``."""
         if getattr(self, "_relevance_rule_active", False):  # LRP rules of releases before 4.3
             return super().forward(hidden_states, **kwargs)
-        hidden_states = self.hook_in(isolated(hidden_states, self.hook_in))
+        hidden_states = self.hook_in(hidden_states)
         output = self._native(hidden_states)
         if is_hooked(self.hook_scale):
             output = self._apply_scale_hook(hidden_states, output)

@@ -15,9 +15,11 @@ from adapter.block import OlmoBlockBridge
 from adapter.clip import patch_clip
 from adapter.compatibility import OlmoTransformerBridge
 from adapter.configuration import tell_the_truth
+from adapter.hooks import adopt
 from adapter.mlp import BranchLinearBridge, OlmoMLPBridge, OutputLinearBridge
 from adapter.normalization import OlmoLayerNormBridge
 from adapter.rotary import OlmoRotaryEmbeddingBridge
+from adapter.state import ExactStateDict
 from adapter.unembedding import OlmoUnembeddingBridge
 
 OPTIONAL_PARAMETERS: tuple[str, ...] = (
@@ -106,6 +108,8 @@ class OlmoArchitectureAdapter(ArchitectureAdapter):
             "ln_final": OlmoLayerNormBridge(name="model.norm", config=self.cfg),
             "unembed": OlmoUnembeddingBridge(name="lm_head", config=self.cfg),
         }
+        for component in self.component_mapping.values():
+            adopt(component)
 
     def prepare_model(self, hf_model: Any, *, exact_clip: bool = False) -> None:
         """Force eager attention and take the in-place clamp out of the attention forwards.
@@ -124,6 +128,10 @@ class OlmoArchitectureAdapter(ArchitectureAdapter):
         tell_the_truth(bridge)
         for block in bridge.blocks:
             block.attn.set_rotary_emb(bridge.rotary_emb)
+
+    def preprocess_weights(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Keep a float64 model's weights in float64."""
+        return ExactStateDict(super().preprocess_weights(state_dict))
 
     def postprocess_weights(self, bridge: TransformerBridge) -> None:
         """Follow the weights: processing unties the unembedding from the embedding."""

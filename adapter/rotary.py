@@ -6,11 +6,14 @@ from typing import Any
 
 from transformer_lens.model_bridge.generalized_components import RotaryEmbeddingBridge
 
-from adapter.hooks import drop_hook, isolated
+from adapter.hooks import drop_hook
 
 
 class OlmoRotaryEmbeddingBridge(RotaryEmbeddingBridge):
     """The model's rotary embedding with ``hook_cos`` and ``hook_sin``, ``[batch, pos, d_head]``.
+
+    ``hook_in`` shows the embedded tokens, of which only dtype and device are read: no edit there
+    has an effect.
 
     It returns a pair, so there is no single output for ``hook_out`` to carry: the name (and its
     alias ``hook_pos_embed``) is absent instead of dead.
@@ -19,12 +22,3 @@ class OlmoRotaryEmbeddingBridge(RotaryEmbeddingBridge):
     def __init__(self, name: str, config: Any = None) -> None:
         super().__init__(name, config)
         drop_hook(self, "hook_out")
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Cosines and sines for the positions.
-
-        ``hook_in`` shows the embedded tokens, of which only dtype and device are read: no edit
-        there has an effect, and an in-place one must not reach the residual stream.
-        """
-        hidden_states, *rest = args
-        return super().forward(isolated(hidden_states, self.hook_in), *rest, **kwargs)

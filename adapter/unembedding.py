@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformer_lens.model_bridge.generalized_components import UnembeddingBridge
+
+from adapter.hooks import is_hooked
 
 
 class OlmoUnembeddingBridge(UnembeddingBridge):
@@ -20,3 +24,8 @@ class OlmoUnembeddingBridge(UnembeddingBridge):
         if zeros is not None:
             del original_component.bias
             original_component.register_buffer("bias", zeros.detach())
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Logits ``[batch, pos, d_vocab]``, the caller's own: a cache keeps another tensor."""
+        logits: torch.Tensor = super().forward(hidden_states, **kwargs)
+        return logits.clone() if is_hooked(self.hook_out) else logits

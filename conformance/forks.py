@@ -15,14 +15,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from conformance.edits import edited_head
 from conformance.observe import Observation, Recorder
-from conformance.sites import gated
+from conformance.sites import behind_flags
 from conformance.spec import Case
 from conformance.subjects import Subject
 from conformance.taps import LAYER_NORM_EPS
@@ -41,6 +40,12 @@ _SHARED = (
 def with_gradient_of(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """The value of one tensor, bit for bit, with the gradient of another."""
     return value.detach() + (other - other.detach())
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """A site's block, ``blocks.0``, and its name within that."""
+    words = name.split(".")
+    return ".".join(words[:2]), ".".join(words[2:])
 
 
 def _most(tensor: torch.Tensor | None) -> float:
@@ -83,7 +88,7 @@ class _Copies:
 
 
 class Forks(Recorder):
-    """Leads a reference through copies while it runs.
+    """Leads a reference through copies while it runs the case without the edits behind flags.
 
     Args:
         case: What runs.
@@ -99,6 +104,8 @@ class Forks(Recorder):
         parameter_sizes: The same of gradients of parameters.
     """
 
+    edits_gradients = True  # and any value, not only those that a run edits
+
     def __init__(
         self,
         case: Case,
@@ -108,10 +115,9 @@ class Forks(Recorder):
         exact: bool,
         everywhere: bool,
     ) -> None:
-        super().__init__(replace(case, run=replace(case.run, edits=())))
         self.spec, self.model = case.model, subject.model
         self.seen, self.exact = seen, exact
-        self.gates = gated(case.model, case.run)
+        self.gates = behind_flags(case.model, case.run.flags)
         self.gate_edits = {edit.site: edit for edit in case.run.edits}
         self.led = {gate for gate in self.gates if everywhere or gate in self.gate_edits}
         self.copies: dict[str, _Copies] = {}
@@ -122,24 +128,29 @@ class Forks(Recorder):
 
     def visit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """See `Recorder.visit`."""
-        words = name.split(".")
-        block, hook = ".".join(words[:2]), ".".join(words[2:])
+        block, hook = _parts(name)
         if hook in ("attn.q.hook_out", "attn.k.hook_out", "attn.v.hook_out"):
-            return self.read(block, words[3], tensor)
+            return self.read(block, hook.split(".")[1], tensor)
         if hook == "attn.o.hook_out":
             return self.write(block, tensor)
         if hook == "ln2.hook_in":
             tensor = self.through_gate(f"{block}.hook_mlp_in", tensor)
         tensor = super().visit(name, tensor)
-        if hook == "hook_in" and self.led.intersection(self.inputs_of(block)):
-            self.go_on_with_gradient(name, tensor)
-        elif hook == "ln1.hook_in":
+        if hook == "ln1.hook_in":
             self.fork(block, tensor)
         elif hook == "attn.o.hook_in":
             self.z[block] = tensor
-            if f"{block}.attn.hook_result" in self.led:
-                self.go_on_with_gradient(name, tensor)
         return tensor
+
+    def gradient(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Keep the gradient that is due at a site; behind copies the bridge's own goes on."""
+        super().gradient(name, tensor)
+        block, hook = _parts(name)
+        behind = {"hook_in": self.inputs_of(block), "attn.o.hook_in": [f"{block}.attn.hook_result"]}
+        if not self.seen or not self.led.intersection(behind.get(hook, ())):
+            return None
+        seen = self.seen.gradients.get(name)
+        return seen if seen is not None and seen.shape == tensor.shape else None
 
     def inputs_of(self, block: str) -> list[str]:
         """The hooks on what a block's heads read."""
@@ -171,12 +182,6 @@ class Forks(Recorder):
         if seen is None or seen.shape != due.shape:
             return due
         return with_gradient_of(torch.where(touched, seen, due) if self.exact else seen, due)
-
-    def go_on_with_gradient(self, name: str, tensor: torch.Tensor) -> None:
-        """Keep the gradient that is due at a site, and send the bridge's on instead."""
-        seen = self.seen.gradients.get(name) if self.seen else None
-        if seen is not None and tensor.requires_grad and seen.shape == tensor.shape:
-            tensor.register_hook(lambda gradient: seen)  # type: ignore[no-untyped-call]
 
     def fork(self, block: str, residual: torch.Tensor) -> None:
         """Copy the residual stream for each head that reads it."""
@@ -252,10 +257,6 @@ class Forks(Recorder):
         self.when_backward(due, size)
         return due
 
-    def key(self, name: str) -> str:
-        """A value's name, which has the chunk in it."""
-        return f"{name}#{self.chunk}" if self.chunk else name
-
     def layer(self, block: str) -> Any:
         """Hugging Face's module of a block."""
         return self.model.model.layers[int(block.split(".")[1])]
@@ -281,7 +282,7 @@ class Forks(Recorder):
 
     def has_gradient(self, name: str) -> bool:
         """Whether the gradient at a site is that of a computation from scratch."""
-        block, _, hook = name.partition(".")[2].partition(".")
-        if name in self.gates and not name.endswith("hook_mlp_in"):
+        block, hook = _parts(name)
+        if name in self.gates and hook != "hook_mlp_in":
             return name in self.led
-        return hook not in _SHARED or not self.led.intersection(self.inputs_of(f"blocks.{block}"))
+        return hook not in _SHARED or not self.led.intersection(self.inputs_of(block))

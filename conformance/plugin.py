@@ -15,6 +15,7 @@ import pytest
 
 from conformance.profiles import (
     ADAPTER_VARIABLE,
+    DATABASE_VARIABLE,
     DEFAULT_ADAPTER,
     DEFAULT_PROFILE,
     DTYPES_VARIABLE,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """``--adapter`` and ``--conformance-profile``."""
+    """The kit's own options."""
     group = parser.getgroup("olmo-conformance")
     group.addoption(
         "--adapter",
@@ -50,6 +51,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME,NAME",
         help=f"Draw models of these dtypes only (default: {','.join(DTYPES)}).",
     )
+    group.addoption(
+        "--example-database",
+        metavar="URL_OR_FOLDER",
+        help="Where the profiles dev and deep keep failing examples, for example "
+        "redis://host:6379/0 for many machines (default: .hypothesis/examples).",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -58,6 +65,7 @@ def pytest_configure(config: pytest.Config) -> None:
         ("--adapter", ADAPTER_VARIABLE),
         ("--conformance-profile", PROFILE_VARIABLE),
         ("--dtypes", DTYPES_VARIABLE),
+        ("--example-database", DATABASE_VARIABLE),
     ):
         if config.getoption(option):
             os.environ[variable] = config.getoption(option)
@@ -65,6 +73,10 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     try:
         chosen_dtypes()
+        if config.getoption("--example-database"):
+            from conformance.database import chosen_database
+
+            chosen_database()
         if config.getoption("--adapter"):
             from conformance.run import load_adapter
 

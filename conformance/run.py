@@ -13,11 +13,11 @@ from pathlib import Path
 
 import hypothesis
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
-from hypothesis.database import DirectoryBasedExampleDatabase
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 from conformance.checks import REGISTRY, Check, require
 from conformance.checks.registry import Adapter
+from conformance.database import chosen_database
 from conformance.profiles import ADAPTER_VARIABLE, DEFAULT_ADAPTER, Profile, chosen, profile
 from conformance.spec import Case, SpecError
 from conformance.verdict import ConformanceError, Outcome, Verdict
@@ -77,11 +77,10 @@ def property_settings(check: Check, on: Profile | None = None) -> settings:
     """Hypothesis' settings of a check under a profile; the chosen one if none is given."""
     on = on or chosen()
     # Said in full, for Hypothesis' own defaults are others where CI is set in the environment.
-    kept = DirectoryBasedExampleDatabase(Path(".hypothesis") / "examples")
     return settings(
         max_examples=max(1, round(on.examples * check.examples)),
         derandomize=on.deterministic,
-        database=kept if on.stores else None,
+        database=chosen_database() if on.stores else None,
         deadline=None,
         print_blob=not on.deterministic,
         report_multiple_bugs=False,

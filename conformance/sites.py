@@ -7,12 +7,13 @@ copy of the model's code (see `conformance.reference`).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cache
 from itertools import groupby
 
-from conformance.spec import ModelSpec, RunSpec
+from conformance.spec import FLAGS, ModelSpec
 
 
 class Status(Enum):
@@ -240,6 +241,9 @@ TABLE = (
     *_DEAD,
 )
 
+# The projections whose outputs attention clamps in place, in the order in which it makes them.
+CLAMPED = tuple(site.module.rpartition(".")[2] for site in TABLE if site.port is Port.CLIPPED)
+
 
 def _expand(rows: Iterable[Site], layers: int) -> Iterator[Site]:
     """The rows in order of execution, each run of block rows repeated for every block."""
@@ -275,11 +279,16 @@ def observable(model: ModelSpec, optional: Collection[str] = ()) -> dict[str, Si
         model: The model whose blocks are counted.
         optional: Hook patterns that the adapter under test declares.
     """
-    rows = fired_rows(optional)
-    return {site.name: site for site in _expand(rows, model.num_hidden_layers)}
+    return dict(observable_in(model.num_hidden_layers, tuple(optional)))
 
 
-def gated(model: ModelSpec, run: RunSpec) -> dict[str, Site]:
-    """The sites that fire under the flags of a run, by canonical name, in order of execution."""
+@cache
+def observable_in(layers: int, optional: tuple[str, ...]) -> Mapping[str, Site]:
+    """As `observable`, for so many layers."""
+    return {site.name: site for site in _expand(fired_rows(optional), layers)}
+
+
+def behind_flags(model: ModelSpec, flags: Collection[str] = FLAGS) -> dict[str, Site]:
+    """The sites that fire under some flags only, by canonical name, in order of execution."""
     every = sites(model).items()
-    return {name: site for name, site in every if site.flag and site.flag in run.flags}
+    return {name: site for name, site in every if site.flag and site.flag in flags}

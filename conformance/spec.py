@@ -167,6 +167,10 @@ class ModelSpec:
             )
             _require(good, "clip_qkv", clip, allowed)
 
+    def with_weights(self, seed: int) -> ModelSpec:
+        """The same model with other weights."""
+        return dataclasses.replace(self, weight_seed=seed)
+
     @property
     def d_head(self) -> int:
         """Size of one head, overridden or not."""
@@ -251,23 +255,47 @@ class RunSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rerun:
+    """One more run of subjects that are built already, with other weights in their place.
+
+    Attributes:
+        weight_seed: Seed of every weight and bias, which are drawn anew before the run.
+        run: The run.
+    """
+
+    weight_seed: int = 0
+    run: RunSpec = field(default_factory=RunSpec)
+
+    def __post_init__(self) -> None:
+        _integer(self, ("weight_seed",), 0, MAX_SEED)
+        _require(isinstance(self.run, RunSpec), "run", self.run, "a RunSpec")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """A model and a run of it: all that one differential comparison needs.
 
     Attributes:
         tokens: Explicit token ids ``[batch, pos]``; drawn from ``run.token_seed`` when empty.
+        reruns: What the same subjects run after it, where a check does so.
     """
 
     model: ModelSpec = field(default_factory=ModelSpec)
     run: RunSpec = field(default_factory=RunSpec)
     tokens: tuple[tuple[int, ...], ...] = ()
+    reruns: tuple[Rerun, ...] = ()
 
     def __post_init__(self) -> None:
         _require(isinstance(self.model, ModelSpec), "model", self.model, "a ModelSpec")
         _require(isinstance(self.run, RunSpec), "run", self.run, "a RunSpec")
-        room, wanted = self.model.max_position_embeddings, self.run.seq_len
+        good = isinstance(self.reruns, (tuple, list))
+        good = good and all(isinstance(rerun, Rerun) for rerun in self.reruns)
+        _require(good, "reruns", self.reruns, "a list of reruns")
+        object.__setattr__(self, "reruns", tuple(self.reruns))
+        room = self.model.max_position_embeddings
         allowed = f"at most max_position_embeddings={room}"
-        _require(wanted <= room, "seq_len", wanted, allowed)
+        for wanted in (self.run.seq_len, *(rerun.run.seq_len for rerun in self.reruns)):
+            _require(wanted <= room, "seq_len", wanted, allowed)
         shape = (self.run.batch, self.run.seq_len)
         good = isinstance(self.tokens, (tuple, list))
         good = good and all(isinstance(row, (tuple, list)) for row in self.tokens)
@@ -321,11 +349,12 @@ def _from_mapping(kind: type[_Spec], body: object, where: str) -> _Spec:
     kinds: dict[str, type] = {"model": ModelSpec, "run": RunSpec, "case": Case}
     for name in kinds.keys() & nested.keys():
         nested[name] = _from_mapping(kinds[name], nested[name], f"{where}.{name}")
-    if "edits" in nested:
-        _require(isinstance(nested["edits"], list), f"{where}.edits", nested["edits"], "a list")
-        nested["edits"] = tuple(
-            _from_mapping(Edit, edit, f"{where}.edits[{index}]")
-            for index, edit in enumerate(nested["edits"])
+    lists: dict[str, type] = {"edits": Edit, "reruns": Rerun}
+    for name in lists.keys() & nested.keys():
+        _require(isinstance(nested[name], list), f"{where}.{name}", nested[name], "a list")
+        nested[name] = tuple(
+            _from_mapping(lists[name], item, f"{where}.{name}[{index}]")
+            for index, item in enumerate(nested[name])
         )
     try:
         return kind(**nested)

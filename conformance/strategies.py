@@ -18,6 +18,7 @@ what stands there more than once is drawn more often.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from math import sqrt
 from typing import TypeVar
@@ -37,6 +38,7 @@ from conformance.spec import (
     Case,
     Edit,
     ModelSpec,
+    Rerun,
     RunSpec,
 )
 
@@ -65,6 +67,9 @@ _SOME_BIASES = tuple(some for size in (1, 2, 3) for some in combinations(PROJECT
 # Hypothesis takes two choices among equal elements for choices of the same thing, and spends five
 # draws of six on copying one over the other: near copies of one case. So no two of the defaults
 # below have equal elements. Nor is any a `one_of`, which shrinks to whatever makes fewer choices.
+
+# The dtypes in which a sum may be taken in another order at little loss.
+WIDE_DTYPES = st.sampled_from(("float32", "float64"))
 
 # The defaults of `model_specs`.
 HEAD_PAIRS = ((1, 1), (2, 2), (2, 1), (3, 3), (3, 1), *_GROUPED)
@@ -99,6 +104,10 @@ CHUNKS = st.sampled_from(range(1, 4))
 TRAININGS = st.sampled_from((False, False, True, True))
 PREPARATIONS = st.sampled_from((True, False))
 TOKEN_SEEDS = st.sampled_from(range(2**18))
+
+# One case in twenty, or a few more, is a freshly built one: building is under test as well.
+MOST_RERUNS = 19
+FEWEST_RERUNS = st.sampled_from((0, *(MOST_RERUNS,) * 19))
 
 EDIT_KINDS = st.sampled_from(EDITS)
 EDIT_SEEDS = st.sampled_from(range(2**16))
@@ -286,6 +295,23 @@ def cases(
     """
     model = draw(models if models is not None else model_specs())
     return Case(model=model, run=draw(runs(model)))
+
+
+@st.composite
+def series(draw: DrawFn, *, fewest: SearchStrategy[int] = FEWEST_RERUNS) -> Case:
+    """A model and many runs of it, each with weights of its own. Shrinks towards a single run.
+
+    Args:
+        draw: Given by Hypothesis.
+        fewest: Numbers of runs after the first, at the least; `MOST_RERUNS` at the most.
+    """
+    case = draw(cases())
+    # Of the model's fields, only the seed of the weights may differ: the rest is built in.
+    again = st.builds(Rerun, weight_seed=WEIGHT_SEEDS, run=run_specs(case.model))
+    reruns = draw(st.lists(again, min_size=draw(fewest), max_size=MOST_RERUNS))
+    # Train and eval mode change once: walking through all modules costs a forward.
+    reruns.sort(key=lambda rerun: rerun.run.training != case.run.training)
+    return replace(case, reruns=tuple(reruns))
 
 
 def clipped_cases() -> SearchStrategy[Case]:

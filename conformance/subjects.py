@@ -6,13 +6,14 @@ the model it wraps, so no two subjects ever share a module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
@@ -34,6 +35,8 @@ def at_work(stage: str) -> Iterator[None]:
     """Blame the subject under test for whatever is raised in here."""
     try:
         yield
+    except SubjectError:
+        raise
     except Exception as error:
         raise SubjectError(f"{stage}: {type(error).__name__}: {error}") from error
 
@@ -114,12 +117,25 @@ def hf_config(model: ModelSpec) -> OlmoConfig:
 
 
 def _fill(parameters: Mapping[str, nn.Parameter], model: ModelSpec) -> None:
-    """Draw every weight and bias from the spec's seed, wide enough for clips to bind."""
+    """Draw every weight and bias from the spec's seed, wide enough for clips to bind.
+
+    They are scaled in float32 at least: a float64 model's weights are no float32 numbers.
+    """
     generator = torch.Generator().manual_seed(model.weight_seed)
     with torch.no_grad():
         for parameter in parameters.values():
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-            parameter.copy_(drawn * model.weight_scale)
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            parameter.copy_(drawn.to(wide) * model.weight_scale)
+
+
+def redraw(subjects: Iterable[Subject], model: ModelSpec) -> None:
+    """Give built subjects other weights of the same shapes, in their place: the spec's own."""
+    first, *others = subjects
+    _fill(first.parameters, model)
+    with torch.no_grad():
+        for other in others:
+            torch._foreach_copy_(list(other.parameters.values()), list(first.parameters.values()))
 
 
 def hf_model(model: ModelSpec) -> OlmoForCausalLM:
@@ -140,11 +156,20 @@ def hf_model(model: ModelSpec) -> OlmoForCausalLM:
     return built  # type: ignore[no-any-return]
 
 
-def make_adapter(adapter: type[ArchitectureAdapter], model: OlmoForCausalLM) -> ArchitectureAdapter:
-    """The adapter under test, on the configuration that transformer_lens itself would give it."""
+def lens_config(model: OlmoForCausalLM) -> TransformerBridgeConfig:
+    """The configuration that transformer_lens itself would give an adapter."""
     dtype = next(model.parameters()).dtype
-    config = build_bridge_config_from_hf(model.config, ARCHITECTURE, "olmo-conformance", dtype)
-    return adapter(config)
+    config: TransformerBridgeConfig = build_bridge_config_from_hf(
+        model.config, ARCHITECTURE, "olmo-conformance", dtype
+    )
+    return config
+
+
+def make_adapter(adapter: type[ArchitectureAdapter], model: OlmoForCausalLM) -> ArchitectureAdapter:
+    """The adapter under test, on transformer_lens' own configuration of a model."""
+    config = lens_config(model)
+    with at_work("constructing the adapter"):
+        return adapter(config)
 
 
 def reference(model: ModelSpec) -> Subject:
@@ -189,5 +214,6 @@ def bridged(
         if prepared:
             made.prepare_model(built)
         bridge = TransformerBridge(built, made, None)
+        bridge.eval()
     declared = tuple(getattr(adapter, "optional_hooks", ()))
     return Subject(built, parameters, bridge=bridge, optional_hooks=declared)

@@ -3,7 +3,10 @@
 Module inputs and outputs are reached through PyTorch's own hooks. What happens inside attention is
 reached through Hugging Face's public registries (the attention function and its mask), a `Cache`
 subclass, and a `TorchFunctionMode` that sees the softmax, the dropout and the in-place clamp as
-they are called. No line of the model's code is copied, and a tapped model computes bit for bit what
+they are called. That mode costs something at every call, so it is on between the last projection
+and the attention function, if there is a clamp, and inside that function; then it is also on where
+checkpointing computes a layer again, in the midst of a backward, during which a mode that was on
+before is off. No line of the model's code is copied, and a tapped model computes bit for bit what
 the bare one does, gradients included.
 """
 
@@ -11,10 +14,10 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -22,13 +25,17 @@ from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from conformance.sites import Layout, Port, Site
+from conformance.sites import CLAMPED, Layout, Port, Site
 
 ATTENTION = "olmo_conformance"
 LAYER_NORM_EPS = 1e-5  # transformers' OlmoLayerNorm.forward passes it to F.layer_norm
 
 Visit = Callable[[str, torch.Tensor], torch.Tensor]
-_ACTIVE: ContextVar[Taps | None] = ContextVar("conformance_taps", default=None)
+Turn = Callable[[torch.Tensor], torch.Tensor]
+See = Callable[[str, torch.Tensor, torch.Tensor, Turn], None]
+_INSIDE = (Port.QUERY, Port.KEY, Port.SCORES, Port.PATTERN)
+# The taps on the model that an attention is part of.
+_ATTACHED: WeakKeyDictionary[nn.Module, Taps] = WeakKeyDictionary()
 
 
 def _attention(
@@ -39,17 +46,21 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The model's own eager attention, with its query and key shown to the active taps."""
+    """The model's own eager attention, with its query and key shown to the taps on it."""
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    taps = _ACTIVE.get()
+    taps = _ATTACHED.get(module)
+    around: Any = nullcontext()
     if taps is not None:
+        taps.clamps_are_over()
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         query = taps.inside(layer, Port.QUERY, query)
         if not taps.cached:
             key = taps.inside(layer, Port.KEY, key)
-    result: tuple[torch.Tensor, torch.Tensor | None] = eager(
-        module, query, key, value, attention_mask, **kwargs
-    )
+        around = taps  # the layer that was named last is the one whose softmax comes now
+    with around:
+        result: tuple[torch.Tensor, torch.Tensor | None] = eager(
+            module, query, key, value, attention_mask, **kwargs
+        )
     return result
 
 
@@ -58,7 +69,11 @@ AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
 class TappedCache(DynamicCache):
-    """A cache that shows each new key to the active taps before it stores it."""
+    """A cache that shows each new key to the taps on its model before it stores it."""
+
+    def __init__(self, taps: Taps, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._taps = taps
 
     def update(
         self,
@@ -69,9 +84,7 @@ class TappedCache(DynamicCache):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a chunk's keys and values. Shapes ``[batch, head, pos, d_head]``."""
-        taps = _ACTIVE.get()
-        if taps is not None:
-            key_states = taps.inside(layer_idx, Port.KEY, key_states)
+        key_states = self._taps.inside(layer_idx, Port.KEY, key_states)
         both: tuple[torch.Tensor, torch.Tensor] = super().update(
             key_states, value_states, layer_idx, *args, **kwargs
         )
@@ -89,7 +102,14 @@ class Taps(TorchFunctionMode):
         d_head: Size of a head.
         clamps: Whether attention clamps in place. If not, the clipped sites are the projections'
             outputs.
-        cached: Whether the run is given a `TappedCache`.
+        see: Called instead of `visit` where nothing is edited, with the site's value, a tensor of
+            the model's own graph, and a function that turns this tensor's gradient into the
+            site's: no node is added to the graph.
+
+    Attributes:
+        cached: Whether the run is given a `TappedCache`; set it before each run.
+        editing: Names of the sites that `visit` is for; set it before each run. If there is no
+            ``see`` these are all.
     """
 
     def __init__(
@@ -100,35 +120,48 @@ class Taps(TorchFunctionMode):
         *,
         d_head: int,
         clamps: bool,
-        cached: bool,
+        see: See | None = None,
     ) -> None:
         super().__init__()
-        self.cached = cached
+        self.cached = False
+        self.editing: Collection[str] = sites if see is None else ()
+        self._see: See = see or _nothing
         self._model, self._visit, self._d_head = model, visit, d_head
-        self._ports: dict[tuple[str, Port], list[Site]] = defaultdict(list)
+        self._turns: dict[Layout, Turn] = {
+            Layout.SAME: lambda tensor: tensor,
+            Layout.HEADS: lambda tensor: tensor.reshape(*tensor.shape[:-1], -1, d_head),
+            Layout.SWAPPED: lambda tensor: tensor.transpose(1, 2),
+        }
+        self._ports: dict[str, dict[Port, list[Site]]] = defaultdict(lambda: defaultdict(list))
         for site in sites.values():
             outward = site.port is Port.CLIPPED and not clamps
-            self._ports[site.module, Port.OUT if outward else site.port].append(site)
-        self._attention: str | None = None
-        self._clipped: Iterator[str] = iter(())
+            self._ports[site.module][Port.OUT if outward else site.port].append(site)
+        # The model clamps the outputs of these in place.
+        self._clamped = {m for m in self._ports if clamps and m.endswith(CLAMPED)}
+        # Of the module that the latest call from inside is of.
+        self._attention: dict[Port, list[Site]] = {}
+        self._clamps: Iterator[list[Site]] = iter(())
+        self._watches_clamps = False
 
-    def through(self, module: str, port: Port, tensor: torch.Tensor) -> torch.Tensor:
+    def through(self, sites: Sequence[Site], tensor: torch.Tensor) -> torch.Tensor:
         """Show the tensor at a place to each site there, and return what they leave of it."""
-        for site in self._ports.get((module, port), ()):
-            # A fresh node before the visit: its gradient is that of this use alone. A clone after
-            # it: what the model then does in place does not reach what was seen.
-            seen = self._visit(site.name, self._to_hook(site.layout, tensor))
-            tensor = self._from_hook(site.layout, seen).clone()
+        for site in sites:
+            if site.name in self.editing:
+                seen = self._visit(site.name, self._to_hook(site.layout, tensor))
+                tensor = self._from_hook(site.layout, seen)
+            else:
+                turn = self._turns[site.layout]
+                self._see(site.name, turn(tensor.detach()), tensor, turn)
         return tensor
 
     def inside(self, layer: int, port: Port, tensor: torch.Tensor) -> torch.Tensor:
         """Show a tensor from inside the attention of a layer."""
-        return self.through(f"model.layers.{layer}.self_attn", port, tensor)
+        self._attention = self._ports[f"model.layers.{layer}.self_attn"]
+        return self.through(self._attention[port], tensor)
 
     def _to_hook(self, layout: Layout, tensor: torch.Tensor) -> torch.Tensor:
-        if layout is Layout.HEADS:
-            return tensor.reshape(*tensor.shape[:-1], -1, self._d_head)
-        return tensor.transpose(1, 2) if layout is Layout.SWAPPED else tensor.view_as(tensor)
+        """A fresh node of the graph, which the edits of other sites at the place do not reach."""
+        return tensor.view_as(tensor) if layout is Layout.SAME else self._turns[layout](tensor)
 
     def _from_hook(self, layout: Layout, tensor: torch.Tensor) -> torch.Tensor:
         if layout is Layout.HEADS:
@@ -139,62 +172,98 @@ class Taps(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Show the clamp's result, the softmax's argument and the dropout's result."""
-        inside = self._attention
-        if inside is None:
-            return func(*args, **(kwargs or {}))
         if func is torch.nn.functional.softmax:
-            args = (self.through(inside, Port.SCORES, args[0]), *args[1:])
+            args = (self.through(self._attention[Port.SCORES], args[0]), *args[1:])
         result = func(*args, **(kwargs or {}))
         if func is torch.nn.functional.dropout:
-            return self.through(inside, Port.PATTERN, result)
+            return self.through(self._attention[Port.PATTERN], result)
         if func is torch.Tensor.clamp_:
-            # The model goes on with the tensor that it clamped, not with what clamp_ returns.
-            result.copy_(self.through(next(self._clipped), Port.CLIPPED, result.clone()))
+            self._clamped_in_place(next(self._clamps), result)
         return result
 
+    def _clamped_in_place(self, sites: Sequence[Site], tensor: torch.Tensor) -> None:
+        """Show what the model goes on with: the tensor that it clamped, not clamp_'s result."""
+        if any(site.name in self.editing for site in sites):
+            tensor.copy_(self.through(sites, tensor.clone()))
+        else:
+            self.through(sites, tensor)
+
+    def _watch_clamps(self, module: str) -> None:
+        attention = module.removesuffix(CLAMPED[-1])
+        self._clamps = iter([self._ports[attention + name][Port.CLIPPED] for name in CLAMPED])
+        self._watches_clamps = True
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def clamps_are_over(self) -> None:
+        """Watch no further calls until the attention function makes its own."""
+        if self._watches_clamps:
+            self._watches_clamps = False
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
     def _enter(self, name: str) -> Callable[..., Any]:
+        places = self._ports[name]
+        into, cosine, sine = places[Port.IN], places[Port.COS], places[Port.SIN]
+
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-            if (name, Port.COS) in self._ports:
-                self._attention = name
-                self._clipped = (f"{name}.{letter}_proj" for letter in "qkv")
+            if cosine or sine:
                 cos, sin = kwargs["position_embeddings"]
-                rotated = self.through(name, Port.COS, cos), self.through(name, Port.SIN, sin)
+                rotated = self.through(cosine, cos), self.through(sine, sin)
                 kwargs = {**kwargs, "position_embeddings": rotated}
-            if args:
-                return (self.through(name, Port.IN, args[0]), *args[1:]), kwargs
-            hidden = self.through(name, Port.IN, kwargs["hidden_states"])
-            return args, {**kwargs, "hidden_states": hidden}
+            tensor = args[0] if args else kwargs["hidden_states"]
+            if tensor.requires_grad:
+                tensor = tensor.view_as(tensor)  # others may read it: the gradient of this use
+            tensor = self.through(into, tensor)
+            return (
+                ((tensor, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": tensor})
+            )
 
         return hook
 
     def _leave(self, name: str) -> Callable[..., Any]:
+        places = self._ports[name]
+        out, first, second = places[Port.OUT], places[Port.FIRST], places[Port.SECOND]
+        scale, clamped = places[Port.SCALE], name in self._clamped
+        last = bool(clamped and places[Port.CLIPPED]) and name.endswith(CLAMPED[-1])
+
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            if name == self._attention:
-                self._attention = None
             if isinstance(output, tuple):
-                first = self.through(name, Port.FIRST, output[0])
-                second = output[1]
-                if second is not None:
-                    second = self.through(name, Port.SECOND, second)
-                return (first, second, *output[2:])
-            if (name, Port.SCALE) in self._ports:
-                output = self._rescaled(name, args[0], output)
-            return self.through(name, Port.OUT, output)
+                pair = (
+                    self.through(sites, x)
+                    for sites, x in zip((first, second), output, strict=False)
+                )
+                return (*pair, *output[2:])
+            if scale:
+                output = self._rescaled(scale[0], args[0], output)
+            output = self.through(out, output)
+            if clamped:
+                output = output.clone()  # what the clamp then does does not reach what was seen
+            if last:
+                self._watch_clamps(name)
+            return output
 
         return hook
 
-    def _rescaled(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    def _rescaled(self, site: Site, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """The LayerNorm's output with its denominator shown, and recomputed where it is edited.
 
-        Where it is not, the two quotients cancel exactly, in value and in the gradient of ``x``,
-        and yet the denominator has the gradient that it has in a computation from scratch.
+        A denominator that is not edited has the gradient that it has in a computation from
+        scratch: that of the quotient ``centered / scale``, which is the output.
         """
-        wide = x.float()
+        edited = site.name in self.editing
+        wide = (x if edited else x.detach()).float()
         centered = wide - wide.mean(-1, keepdim=True)
         scale = (centered.pow(2).mean(-1, keepdim=True) + LAYER_NORM_EPS).sqrt()
-        (site,) = self._ports[name, Port.SCALE]
+        if not edited:
+
+            def of_scale(gradient: torch.Tensor) -> torch.Tensor:
+                return -(gradient.float() * (centered / scale) / scale).sum(-1, keepdim=True)
+
+            self._see(site.name, scale, output, of_scale)
+            return output
         seen = self._visit(site.name, self._to_hook(Layout.SAME, scale))
         rebuilt = centered / seen
+        # Where the edit leaves the value alone the two quotients cancel exactly, in value and in
+        # the gradient of x, and the denominator has its gradient all the same.
         kept = output + (rebuilt - centered / scale).to(x.dtype)
         return torch.where(seen == scale, kept, rebuilt.to(x.dtype))
 
@@ -203,14 +272,19 @@ class Taps(TorchFunctionMode):
         """Run the model with the taps on; afterwards it is as it was."""
         before = self._model.config._attn_implementation  # type: ignore[union-attr]
         with ExitStack() as stack:
-            for name in dict.fromkeys(module for module, _ in self._ports):
+            for name, places in self._ports.items():
                 module = self._model.get_submodule(name)
                 entered = module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
                 stack.callback(entered.remove)
                 stack.callback(module.register_forward_hook(self._leave(name)).remove)
+                if any(places[port] for port in _INSIDE):
+                    _ATTACHED[module] = self
+                    stack.callback(_ATTACHED.pop, module)
             self._model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
             stack.callback(self._model.set_attn_implementation, before)  # type: ignore[arg-type]
-            token = _ACTIVE.set(self)
-            stack.callback(_ACTIVE.reset, token)
-            stack.enter_context(self)
+            stack.callback(self.clamps_are_over)  # where the model raised between the two
             yield
+
+
+def _nothing(*_: object) -> None:
+    """There is nobody to see."""

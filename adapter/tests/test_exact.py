@@ -65,6 +65,32 @@ def test_flags_change_nothing_without_an_edit(dtype: Any, flag: Any) -> None:
     assert models.same_gradients(reference, bridge)
 
 
+@pytest.mark.parametrize("flag", [None, *FLAGS])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast(dtype: Any, flag: Any) -> None:
+    reference, bridge = models.pair(dtype=dtype, **SHAPES["gqa-clip-bias"])
+    if flag is not None:
+        setattr(bridge.cfg, flag, True)
+    seen = []
+    bridge.hook_dict["blocks.1.attn.hook_attn_scores"].add_hook(
+        lambda tensor, hook: seen.append(tensor.dtype)
+    )
+    # Queries before the first token see no key: every score of theirs is the lowest number, of
+    # which Hugging Face's float64 model makes NaN.
+    masked = dtype != torch.float64
+    padding = {"attention_mask": models.LEFT} if masked else {}
+    where = models.positions(models.LEFT) if masked else None
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = reference(TOKENS, position_ids=where, **padding).logits
+        logits = bridge(TOKENS, **padding)
+    assert same(logits, expected)
+    assert bool(logits.isfinite().all())
+    assert seen == [torch.promote_types(dtype, torch.bfloat16)]
+    models.backward(expected)
+    models.backward(logits)
+    assert models.same_gradients(reference, bridge)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_cache_is_hugging_face_s(dtype: Any) -> None:
     reference, bridge = models.pair(dtype=dtype, **SHAPES["gqa-clip-bias"])

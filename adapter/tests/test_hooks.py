@@ -180,3 +180,22 @@ def test_results_of_heads_can_be_ablated_exactly() -> None:
         _, cache = bridge.run_with_cache(TOKENS)
     bias = bridge.blocks[0].attn.b_O.expand(2, 6, -1)
     assert same(cache["blocks.0.attn.o.hook_out"], bias)
+
+
+def test_a_compiled_bridge_is_never_traced() -> None:
+    # Traced with this shape on PyTorch 2.6, Hugging Face's own model crashes.
+    bridge = models.bridged(models.olmo(**SHAPES["gqa-clip-bias"]))
+    compiled: Any = torch.compile(bridge, backend="eager")
+    plain = bridge(TOKENS)
+    traced: list[bool] = []
+    point = bridge.hook_dict["blocks.1.attn.hook_pattern"]
+    assert same(compiled(TOKENS), plain)
+    for factor in (0.5, 2.0):  # hooks that come after it was compiled, one after the other
+        point.add_hook(lambda tensor, hook, by=factor: tensor * by)
+        point.add_hook(lambda tensor, hook: traced.append(torch.compiler.is_compiling()))
+        assert same(compiled(TOKENS), bridge(TOKENS))
+        assert not same(compiled(TOKENS), plain)
+        point.remove_hooks()
+    assert traced
+    assert not any(traced)
+    assert same(compiled(TOKENS), plain)

@@ -18,7 +18,7 @@ from conformance.checks.registry import Adapter, check
 from conformance.compare import Gap, compare_tensors
 from conformance.inputs import inputs
 from conformance.observe import observe, sites_of
-from conformance.spec import PROCESSING, Case, ModelSpec, RunSpec
+from conformance.spec import PADDINGS, PROCESSING, Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs, run_specs
 from conformance.subjects import Subject, at_work, bridged, reference
 from conformance.tolerance import of_log_probabilities
@@ -26,18 +26,24 @@ from conformance.tolerance import of_log_probabilities
 ACTIVATIONS = ("silu", *sorted(set(ACT2FN) - {"silu"}))
 
 
-def processed_cases() -> SearchStrategy[Case]:
-    """Float32 cases with every activation that Hugging Face knows and any set of processing."""
+def processed_runs(
+    model: ModelSpec, paddings: tuple[str, ...] = PADDINGS
+) -> SearchStrategy[RunSpec]:
+    """Runs in eval mode with any set of processing."""
     # Every set at once, for Hypothesis makes near-copies of draws that are alike.
     sets = [some for size in range(len(PROCESSING) + 1) for some in combinations(PROCESSING, size)]
     asked = st.sampled_from(sets)
+    padded = st.sampled_from(paddings)
+    drawn = run_specs(
+        model, paddings=padded, trainings=st.just(False), positions=st.just("derived")
+    )
+    return st.builds(lambda run, flags: replace(run, processing=flags), drawn, asked)
 
-    def runs(model: ModelSpec) -> SearchStrategy[RunSpec]:
-        drawn = run_specs(model, trainings=st.just(False), positions=st.just("derived"))
-        return st.builds(lambda run, flags: replace(run, processing=flags), drawn, asked)
 
+def processed_cases() -> SearchStrategy[Case]:
+    """Float32 cases with every activation that Hugging Face knows and any set of processing."""
     models = model_specs(dtypes=st.just("float32"), activations=st.sampled_from(ACTIVATIONS))
-    return cases(models=models, runs=runs)
+    return cases(models=models, runs=processed_runs)
 
 
 def process(subject: Subject, case: Case) -> list[str]:

@@ -19,7 +19,7 @@ from conformance.checks.support import copied, turn
 from conformance.compare import Gap, compare_tensors
 from conformance.forks import Forks
 from conformance.observe import hook_points, observe, sites_of
-from conformance.sites import gated
+from conformance.sites import behind_flags
 from conformance.spec import EXCLUSIVE, FLAGS, Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs
 from conformance.subjects import Subject, bridged, reference
@@ -105,7 +105,7 @@ def copies(adapter: Adapter, case: Case) -> Iterator[Gap]:
     expected = observe(reference(case.model), bare)
     actual = observe(original, bare, sites={})
     yield from logits_gap(expected, actual, "original: logits")
-    for name in sorted(gated(case.model, case.run).keys() & set(actual.fired)):
+    for name in sorted(behind_flags(case.model, case.run.flags).keys() & set(actual.fired)):
         yield Gap(f"original: {name}", "extra", "fires, though only the copy has its flag")
 
 

@@ -14,7 +14,7 @@ from conformance.checks.registry import Adapter, check
 from conformance.checks.support import turn
 from conformance.compare import NOTHING_SPECIAL, Gap, compare_parameters, compare_tensors
 from conformance.observe import Observation, observe
-from conformance.sites import gated
+from conformance.sites import behind_flags
 from conformance.spec import Case, Edit, ModelSpec, RunSpec
 from conformance.strategies import (
     EDIT_SEEDS,
@@ -72,7 +72,7 @@ def unchanged(adapter: Adapter, case: Case) -> Iterator[Gap]:
     turn(subject, flags, False, by_cfg=not by_cfg)
     off = observe(subject, case, sites={})
     yield from _outcome_gaps(plain, off, f"after {flags}")
-    for name in sorted(gated(case.model, case.run).keys() & set(off.fired)):
+    for name in sorted(behind_flags(case.model, case.run.flags).keys() & set(off.fired)):
         yield Gap(name, "extra", "fires though its flag was turned off")
     turn(subject, flags, True, by_cfg=not by_cfg)
     yield from _outcome_gaps(first, observe(subject, case), f"under {flags} once more")
@@ -108,7 +108,7 @@ def gate_edits(draw: DrawFn, model: ModelSpec, *, kinds: tuple[str, ...] = RETUR
         kinds: Kinds of edits.
     """
     flags = draw(legal_flags())
-    behind = gated(model, RunSpec(flags=flags)).values()
+    behind = behind_flags(model, flags).values()
     # One draw of all kinds and one of all seeds: see the defaults in `conformance.strategies`.
     each, seed = draw(st.sampled_from(list(product(kinds, repeat=len(flags))))), draw(EDIT_SEEDS)
     made = tuple(

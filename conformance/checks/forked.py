@@ -13,7 +13,7 @@ from conformance.compare import Gap, compare_gradients, compare_parameters, comp
 from conformance.edits import edited_head
 from conformance.forks import Forks
 from conformance.observe import Observation, observe, sites_of
-from conformance.sites import Site, gated, sites
+from conformance.sites import Site, behind_flags, sites
 from conformance.spec import Case, Edit
 from conformance.subjects import Subject, at_work, reference
 from conformance.tolerance import Allowance, of_sum
@@ -31,7 +31,7 @@ def without_edits(case: Case) -> Case:
 
 def firing(subject: Subject, case: Case) -> dict[str, Site]:
     """Every site that fires under the flags of a case, in the order of execution."""
-    there = {**sites_of(subject, case), **gated(case.model, case.run)}
+    there = {**sites_of(subject, case), **behind_flags(case.model, case.run.flags)}
     return {name: site for name, site in sites(case.model).items() if name in there}
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
+import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from conformance.checks.registry import Adapter, check
 from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values
-from conformance.observe import observe, sites_of
+from conformance.observe import Recorder, observe, sites_of
 from conformance.sites import POST_CLIP, fired_rows
 from conformance.spec import EDITS, Case, ModelSpec, RunSpec
 from conformance.strategies import cases, clip_present, edits, model_specs, run_specs
@@ -26,7 +28,11 @@ def _named(model: ModelSpec, rows: Sequence[str]) -> SearchStrategy[str]:
 
 
 def edited_runs(
-    model: ModelSpec, *, kinds: tuple[str, ...] = _RETURNED, most: int = 2
+    model: ModelSpec,
+    *,
+    kinds: tuple[str, ...] = _RETURNED,
+    most: int = 2,
+    rows: Sequence[str] = (),
 ) -> SearchStrategy[RunSpec]:
     """Runs with one edit or several, each at another site of the model.
 
@@ -34,16 +40,17 @@ def edited_runs(
         model: The model, whose sites are edited.
         kinds: Kinds of edits.
         most: Greatest number of edits at once.
+        rows: Rows of the table that are edited; all that fire in a plain forward if empty.
     """
-    names = _named(model, [site.name for site in fired_rows()])
+    names = _named(model, rows or [site.name for site in fired_rows()])
     each = edits(sites=names, kinds=st.sampled_from(kinds))
     some = st.lists(each, min_size=1, max_size=most, unique_by=lambda edit: edit.site)
     return run_specs(model, edits=some.map(tuple))
 
 
 def edited_cases() -> SearchStrategy[Case]:
-    """Cases with one or two edits that return a tensor."""
-    return cases(runs=edited_runs)
+    """Cases with one to four edits that return a tensor."""
+    return cases(runs=lambda model: edited_runs(model, most=4))
 
 
 def in_place_cases() -> SearchStrategy[Case]:
@@ -59,7 +66,7 @@ def in_place_cases() -> SearchStrategy[Case]:
     examples=2.0,
 )
 def returned(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """One or two edits at once, backward hooks on everything but the LayerNorms' derived sites."""
+    """Up to four edits at once, backward hooks on everything but the LayerNorms' derived sites."""
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
     every = sites_of(subject, case)
     plain = {name: site for name, site in every.items() if not site.derived}
@@ -84,6 +91,47 @@ def in_place(adapter: Adapter, case: Case) -> Iterator[Gap]:
     expected = observe(reference(case.model), case, sites=every, backward=False)
     actual = observe(subject, case, sites=every, backward=False)
     yield from compare_values(expected, actual, every)
+
+
+class _Patching(Recorder):
+    """Puts tensors of another run in the place of those of this one, where the run has edits."""
+
+    def __init__(self, sources: Mapping[str, torch.Tensor]) -> None:
+        self._sources = sources
+
+    def edit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The other run's tensor."""
+        return self._sources[self.key(name)] if name in self.edits else tensor
+
+
+def patched_cases() -> SearchStrategy[Case]:
+    """Cases with one or two sites whose tensors are replaced."""
+    return cases(runs=lambda model: edited_runs(model, kinds=("replace",)))
+
+
+@check(
+    "interventions.patching",
+    "A tensor that was cached in a run on other tokens, returned at its site, has the effect of "
+    "Hugging Face's own tensor of that run in that place; no gradient flows past it.",
+    patched_cases,
+    examples=0.5,
+)
+def patching(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Activation patching: two runs of each subject, each patched with what it showed itself."""
+    run = case.run
+    other = replace(case, run=replace(run, token_seed=run.token_seed ^ 1, edits=()))
+    truth = reference(case.model)
+    subject = bridged(case.model, adapter, prepared=run.prepared)
+    every = sites_of(subject, case)
+    plain = {name: site for name, site in every.items() if not site.derived}
+    due = observe(truth, other, sites=every, backward=False).values
+    own = observe(subject, other, sites=every, backward=False).values
+    expected = observe(truth, case, sites=every, recorder=_Patching(due))
+    actual = observe(subject, case, sites=plain, recorder=_Patching(own))
+    yield from compare_values(expected, actual, every)
+    if run.chunks == 1:
+        yield from compare_gradients(expected, actual, plain)
+    yield from compare_parameters(expected, actual)
 
 
 def clipped_edits() -> SearchStrategy[Case]:

@@ -25,11 +25,9 @@ from conformance.compare import (
 from conformance.inputs import Inputs, inputs
 from conformance.observe import hook_points, observe, sites_of
 from conformance.spec import Case, ModelSpec, RunSpec
-from conformance.strategies import cases, legal_flags, model_specs, run_specs
+from conformance.strategies import WIDE_DTYPES, cases, legal_flags, model_specs, run_specs
 from conformance.subjects import Subject, SubjectError, bridged, reference
 from conformance.tolerance import exactly
-
-WIDE = st.sampled_from(("float32", "float64"))
 
 
 def _generator(case: Case) -> torch.Generator:
@@ -94,7 +92,7 @@ def whole_runs(model: ModelSpec) -> SearchStrategy[RunSpec]:
     "metamorphic.rows",
     "Rows of a batch know nothing of each other: in another order and twice, or alone, each has "
     "the values that it had, and no gradient goes from one to another.",
-    lambda: cases(models=model_specs(dtypes=WIDE), runs=whole_runs),
+    lambda: cases(models=model_specs(dtypes=WIDE_DTYPES), runs=whole_runs),
     examples=0.25,
 )
 def rows(adapter: Adapter, case: Case) -> Iterator[Gap]:
@@ -194,7 +192,7 @@ def padding(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "Shifting all positions by as much turns queries and keys alike: what attention makes of them "
     "stays, in a bridge that has seen the same tokens elsewhere.",
     lambda: cases(
-        models=model_specs(dtypes=WIDE, rooms=st.sampled_from(range(8, 25))), runs=short_runs
+        models=model_specs(dtypes=WIDE_DTYPES, rooms=st.sampled_from(range(8, 25))), runs=short_runs
     ),
     examples=0.2,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from conformance.strategies import clipped_cases
 from conformance.subjects import Subject, at_work, bridged, make_adapter, patched, reference
 
 
-class _TroubleError(Exception):
+class TroubleError(Exception):
     """What a hook of a user raises in the middle of an attention."""
 
 
@@ -47,7 +47,14 @@ def _configurations(subject: Subject, case: Case) -> list[tuple[Any, Any]]:
     return seen
 
 
-def _left_over(subject: Subject, case: Case) -> Iterator[Gap]:
+def unpatch(adapter: Adapter) -> Callable[[Any], Any] | None:
+    """The ``unpatch_model`` of the adapter's package, if it has one."""
+    package = sys.modules[adapter.__module__.partition(".")[0]]
+    found: Callable[[Any], Any] | None = getattr(package, "unpatch_model", None)
+    return found
+
+
+def left_over(subject: Subject, case: Case) -> Iterator[Gap]:
     """Outside of a forward every attention has the shared configuration, clip and all."""
     model = subject.model
     if model.config.clip_qkv != case.model.clip_qkv:
@@ -75,22 +82,22 @@ def life(adapter: Adapter, case: Case) -> Iterator[Gap]:
     if any(seen != (None, case.model.clip_qkv) for seen in _configurations(subject, case)):
         told = "self_attn.config says None and model.config the clip"
         yield Gap("config.clip_qkv", "contract", f"inside of an attention not: {told}")
-    yield from _left_over(subject, case)
+    yield from left_over(subject, case)
 
     def trouble(*_: object) -> None:
-        raise _TroubleError
+        raise TroubleError
 
     handle = subject.model.model.layers[-1].self_attn.o_proj.register_forward_pre_hook(trouble)
     try:
         subject.model(torch.zeros((1, 1), dtype=torch.long))
-    except _TroubleError:
+    except TroubleError:
         pass
     finally:
         handle.remove()
-    yield from _left_over(subject, case)
+    yield from left_over(subject, case)
     yield from logits_gap(without, observe(subject, case, backward=False))
 
-    undo = getattr(sys.modules[adapter.__module__.partition(".")[0]], "unpatch_model", None)
+    undo = unpatch(adapter)
     if undo is not None:
         with at_work("unpatch_model"):
             undo(subject.model)

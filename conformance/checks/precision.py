@@ -105,36 +105,3 @@ def cache(adapter: Adapter, case: Case) -> Iterator[Gap]:
             label = f"cache.{index}.{name}"
             gap = compare_tensors(label, tensor, getattr(got, name), exactly(tensor.dtype))
             yield from [gap] if gap else []
-
-
-@check(
-    "precision.attention_alone",
-    "The attention of a block, called alone, gives what its Hugging Face module gives, in every "
-    "dtype.",
-    cases,
-    examples=0.3,
-)
-def attention_alone(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Without a cache, on random hidden states and the causal mask of Hugging Face."""
-    truth = reference(case.model)
-    subject = bridged(case.model, adapter, prepared=case.run.prepared)
-    assert subject.bridge is not None
-    draw = torch.Generator().manual_seed(case.run.token_seed)
-    shape = (case.run.batch, case.run.seq_len, case.model.hidden_size)
-    dtype = getattr(torch, case.model.dtype)
-    hidden = torch.randn(shape, generator=draw).to(dtype)
-    length = case.run.seq_len
-    lowest = torch.finfo(dtype).min
-    mask = torch.full((length, length), lowest, dtype=dtype).triu(1)[None, None]
-    positions = torch.arange(length)[None]
-    rotary = truth.model.model.rotary_emb(hidden, positions)
-    given = {"position_embeddings": rotary, "attention_mask": mask}
-    for block in range(case.model.num_hidden_layers):
-        with torch.no_grad():
-            expected = truth.model.model.layers[block].self_attn(hidden_states=hidden, **given)
-            with at_work("calling an attention alone"):
-                actual = subject.bridge.blocks[block].attn(hidden_states=hidden, **given)
-        for name, due, got in zip(("hook_out", "hook_pattern"), expected, actual, strict=False):
-            label = f"blocks.{block}.attn.{name}"
-            gap = compare_tensors(label, due, got, exactly(due.dtype))
-            yield from [gap] if gap else []

@@ -20,22 +20,23 @@ View = Callable[[str, str, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torc
 class _Nudges(Recorder):
     """Moves every value by about one rounding of its row's greatest entry."""
 
-    def __init__(self, case: Case, angles: int) -> None:
-        super().__init__(case)
-        self.draw = torch.Generator().manual_seed(case.run.token_seed)
+    edits_gradients = True  # and any value, not only those that a run edits
+
+    def __init__(self, seed: int, angles: int) -> None:
+        self.draw = torch.Generator().manual_seed(seed)
         self.angles = angles
 
-    def visit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """See `Recorder.visit`."""
+    def edit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """See `Recorder.edit`."""
         # Masked scores are as large as numbers get: what moves them is moved queries and keys.
         if not tensor.is_floating_point() or name.endswith("hook_attn_scores"):
-            return super().visit(name, tensor)
+            return tensor
         by = self.angles if name.endswith(("hook_cos", "hook_sin")) else 1
         # Neighbours go opposite ways, or a LayerNorm of two entries would not notice.
         way = 1 - torch.arange(tensor.shape[-1]) % 2 * 2
         sign = torch.randint(0, 2, (*tensor.shape[:-1], 1), generator=self.draw) * 2 - 1
         greatest = tensor.abs().amax(-1, keepdim=True)
-        return super().visit(name, tensor + by * FLOAT32_ULP * way * sign * greatest)
+        return tensor + by * FLOAT32_ULP * way * sign * greatest
 
 
 def underived(sites: Mapping[str, Site]) -> dict[str, Site]:
@@ -59,7 +60,7 @@ def nudged(
         angles: By how many roundings cosines and sines are moved: an angle is rounded in units of
             itself, which grows with the position.
     """
-    nudges = _Nudges(case, angles)
+    nudges = _Nudges(case.run.token_seed, angles)
     return observe(subject, case, sites=sites, backward=False, recorder=nudges)
 
 

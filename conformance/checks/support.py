@@ -4,26 +4,76 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
+import torch
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 from conformance.checks.registry import Adapter
-from conformance.observe import observe
-from conformance.sites import observable
+from conformance.compare import Gap, compare_tensors
+from conformance.observe import arguments, logits_of, module_of, observe, sites_of
+from conformance.sites import Site, observable
 from conformance.spec import Case
 from conformance.subjects import Subject, at_work, reference
+from conformance.tolerance import exactly
 from conformance.verdict import NotApplicable
+
+
+def bitwise(
+    name: str, due: torch.Tensor, got: torch.Tensor, *, kind: str = "value"
+) -> Iterator[Gap]:
+    """The gap between two tensors that may not differ at all, if there is one."""
+    gap = compare_tensors(name, due, got, exactly(due.dtype), kind=kind)
+    yield from [gap] if gap else []
+
+
+def labelled(label: str, gaps: Iterable[Gap]) -> Iterator[Gap]:
+    """The same gaps, with what they were found in told first."""
+    for gap in gaps:
+        yield replace(gap, site=f"{label}: {gap.site}")
+
+
+def blaming(subject: Subject, stage: str) -> AbstractContextManager[None]:
+    """Blame a subject under test for what is raised in here; the reference's errors are ours."""
+    return at_work(stage) if subject.under_test else nullcontext()
+
+
+def in_one_forward(case: Case) -> Case:
+    """The same case with its whole input fed at once."""
+    return replace(case, run=replace(case.run, chunks=1))
+
+
+def sites_to_hook(subject: Subject, case: Case) -> dict[str, Site]:
+    """Sites to hook backwards too: all but those inside of the LayerNorms, which have checks."""
+    return {name: site for name, site in sites_of(subject, case).items() if not site.derived}
+
+
+def forward_as_it_is(subject: Subject, case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """One forward in the mode, with the hooks and under the gradient that the subject is now.
+
+    Returns:
+        The logits, ``[batch, pos, d_vocab]``, and PyTorch's random state after the forward.
+    """
+    given = arguments(subject, case)
+    with torch.random.fork_rng(devices=[]), blaming(subject, "a forward"):
+        torch.manual_seed(case.run.token_seed)
+        return logits_of(module_of(subject)(**given)), torch.get_rng_state()
 
 
 def needs_patch(adapter: Adapter, *, exact: bool = False) -> None:
     """Say that a check does not apply to an adapter with no patch (or no exact one) of its own."""
     if adapter.prepare_model is ArchitectureAdapter.prepare_model:
         raise NotApplicable("the adapter has no prepare_model of its own")
-    if exact and "exact_clip" not in inspect.signature(adapter.prepare_model).parameters:
+    if exact and not has_exact(adapter):
         raise NotApplicable("the adapter's prepare_model has no exact_clip mode")
+
+
+def has_exact(adapter: Adapter) -> bool:
+    """Whether the adapter's patch has an exact mode."""
+    return "exact_clip" in inspect.signature(adapter.prepare_model).parameters
 
 
 def within_clip(case: Case) -> bool:
@@ -68,3 +118,20 @@ def copied(subject: Subject) -> Subject:
         # The copy keeps the bridge's names: match them by order, which parameters() keeps.
         renamed = dict(zip(subject.parameters, model.parameters(), strict=True))
     return replace(subject, bridge=bridge, model=model, parameters=renamed)
+
+
+def exact_gaps(
+    expected: Mapping[str, torch.Tensor | None], actual: Mapping[str, Any]
+) -> Iterator[Gap]:
+    """Tensors by name that must be equal bit for bit; None stands for one that must not be."""
+    for name, due in expected.items():
+        got = actual.get(name)
+        if due is None or got is None:
+            if due is not got:
+                kind = "missing" if got is None else "extra"
+                yield Gap(name, kind, f"is {got!r:.40} instead of {due!r:.40}")
+        elif gap := compare_tensors(name, due, got, exactly(due.dtype)):
+            yield gap
+    for name in actual:
+        if name not in expected:
+            yield Gap(name, "extra", "nothing of Hugging Face's")

@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 import torch
 from hypothesis import strategies as st
 
-from conformance.checks.metamorphic import WIDE, whole_runs
+from conformance.checks.metamorphic import whole_runs
 from conformance.checks.registry import Adapter, check
 from conformance.checks.relations import nudged, related_gaps, reweigh, underived
 from conformance.compare import Gap, compare_parameters, compare_tensors
 from conformance.inputs import inputs
 from conformance.observe import observe, sites_of
 from conformance.spec import GREATEST_CLIP, PROJECTIONS, Case
-from conformance.strategies import HEAD_PAIRS, cases, model_specs
+from conformance.strategies import HEAD_PAIRS, WIDE_DTYPES, cases, model_specs
 from conformance.subjects import bridged, reference
 from conformance.tolerance import of_sum
 
@@ -122,7 +122,7 @@ def scaling(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "symmetry.units",
     "Heads in another order, whole groups and within them, and neurons in another order: their "
     "own hooks show that order, everything else stays.",
-    lambda: cases(models=model_specs(dtypes=WIDE), runs=whole_runs),
+    lambda: cases(models=model_specs(dtypes=WIDE_DTYPES), runs=whole_runs),
     examples=0.25,
 )
 def units(adapter: Adapter, case: Case) -> Iterator[Gap]:
@@ -175,7 +175,7 @@ def units(adapter: Adapter, case: Case) -> Iterator[Gap]:
 @check(
     "symmetry.groups",
     "A model whose key-value heads are repeated into one for each query head is the same model.",
-    lambda: cases(models=model_specs(dtypes=WIDE, heads=_GROUPED), runs=whole_runs),
+    lambda: cases(models=model_specs(dtypes=WIDE_DTYPES, heads=_GROUPED), runs=whole_runs),
     examples=0.2,
 )
 def groups(adapter: Adapter, case: Case) -> Iterator[Gap]:

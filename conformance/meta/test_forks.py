@@ -11,7 +11,7 @@ from conformance.compare import compare_tensors
 from conformance.edits import edited_head
 from conformance.forks import Forks
 from conformance.observe import Observation, observe
-from conformance.sites import POST_CLIP, gated, observable
+from conformance.sites import POST_CLIP, behind_flags, observable
 from conformance.spec import Case, Edit, ModelSpec, RunSpec
 from conformance.subjects import reference
 from conformance.tolerance import of_sum
@@ -64,7 +64,7 @@ def test_copies_that_nobody_edits_change_nothing_but_rounding(flags: tuple[str, 
 @pytest.mark.parametrize("flags", [SPLIT, TOGETHER])
 def test_every_site_behind_a_flag_is_shown(flags: tuple[str, ...]) -> None:
     got = led(case(flags))
-    gates = gated(MODEL, RunSpec(flags=flags))
+    gates = behind_flags(MODEL, flags)
     assert gates.keys() <= got.values.keys()
     assert gates.keys() <= got.gradients.keys()
     residual = got.values["blocks.1.ln1.hook_in"]
@@ -83,7 +83,7 @@ def test_results_and_the_bias_add_up_to_the_output() -> None:
 @pytest.mark.parametrize("flags", [SPLIT, TOGETHER])
 def test_gradients_of_the_copies_add_up_to_that_of_the_residual(flags: tuple[str, ...]) -> None:
     got = led(case(flags))
-    gates = [name for name in gated(MODEL, RunSpec(flags=flags)) if "attn.hook_" in name]
+    gates = [name for name in behind_flags(MODEL, flags) if "attn.hook_" in name]
     inputs = [name for name in gates if name.startswith("blocks.1") and "result" not in name]
     total = sum(got.gradients[name].sum(2) for name in inputs)
     due = plain().gradients["blocks.1.ln1.hook_in"]

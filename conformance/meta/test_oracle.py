@@ -151,7 +151,6 @@ def test_a_constant_added_to_all_scores_changes_nothing(tokens: torch.Tensor) ->
         lambda name, tensor: tensor + 1,
         d_head=MODEL.d_head,
         clamps=False,
-        cached=False,
     )
     with taps.attached():
         after = logits(subject, tokens)

@@ -31,7 +31,7 @@ def test_a_nudged_run_is_off_by_roundings(dtype: str) -> None:
             allowance = of_rounding(value, moved.values[name])
             assert 0 < allowance.atol < 1e-3, name
     assert not torch.equal(plain.logits, moved.logits)
-    assert plain.gradients.keys() == moved.gradients.keys()
+    assert not moved.gradients
 
 
 def test_a_masked_score_does_not_count() -> None:
@@ -45,7 +45,8 @@ def test_runs_that_are_not_related_are_told_apart() -> None:
     off = replace(plain, logits=plain.logits * 1.0001)
     both = lambda name, kind, due, got: (due, got)  # noqa: E731
     assert not list(related_gaps(plain, plain, SITES, both))
-    assert not list(related_gaps(plain, moved, SITES, both, moved=moved))
+    values_only = replace(plain, gradients={})
+    assert not list(related_gaps(values_only, moved, SITES, both, moved=moved))
     (gap,) = related_gaps(plain, off, SITES, both, moved=moved, label="again: ")
     assert (gap.site, gap.kind) == ("again: logits", "value")
     less = replace(plain, values={**plain.values, "embed.hook_out": torch.zeros(1)})

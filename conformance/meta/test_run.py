@@ -297,7 +297,7 @@ def test_a_broken_adapter_fails_at_its_first_wrong_site() -> None:
 def test_a_crashing_adapter_is_errored() -> None:
     verdict = run_check(only("forward.logits"), Crashing, on=CI)
     assert verdict.outcome is Outcome.ERRORED
-    assert verdict.reason == "building the bridge: ValueError: boom"
+    assert verdict.reason == "constructing the adapter: ValueError: boom"
 
 
 def test_what_starts_is_told_before_its_verdict(monkeypatch: pytest.MonkeyPatch) -> None:

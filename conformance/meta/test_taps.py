@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,9 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
-from transformers import DynamicCache
 
-from conformance import observe as observing
 from conformance import taps
 from conformance.edits import edited
 from conformance.inputs import derived_positions, inputs
@@ -61,9 +58,8 @@ def tapped(case: Case, backward: bool = True) -> Observation:
 
 
 def bare(case: Case) -> Observation:
-    """The reference with nothing of the kit's on it, not even its cache."""
-    with patch.object(observing, "TappedCache", DynamicCache):
-        return observe(reference(case.model), case)
+    """The reference with nothing of the kit's on it."""
+    return observe(reference(case.model), case)
 
 
 def with_edits(case: Case, *made: Edit) -> Case:
@@ -255,6 +251,28 @@ def test_every_site_fires_once_a_forward_in_order(chunks: int) -> None:
     assert fired == expected
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("site", ["attn.hook_q_clipped", "attn.hook_pattern", "mlp.hook_in"])
+def test_what_checkpointing_computes_again_is_tapped_too(site: str, reentrant: bool) -> None:
+    case = dataclasses.replace(
+        ODD,
+        model=dataclasses.replace(ODD.model, attention_dropout=0.5),
+        run=dataclasses.replace(ODD.run, training=True),
+    )
+    case = with_edits(case, Edit(site=f"blocks.1.{site}", kind="noise"))
+    subject = reference(case.model)
+    subject.model.gradient_checkpointing_enable(  # type: ignore[no-untyped-call]
+        {"use_reentrant": reentrant}
+    )
+    seen = observe(subject, case, sites=all_sites(case.model))
+    assert seen.fired.count(f"blocks.1.{site}") == 2
+    plain = tapped(case)
+    same(plain, seen)
+    assert all(torch.equal(value, seen.values[name]) for name, value in plain.values.items())
+    assert all(torch.equal(value, seen.gradients[name]) for name, value in plain.gradients.items())
+
+
 class TestLeavesNoTrace:
     """After a run the model is as it was, whether the run ended well or not."""
 
@@ -266,7 +284,7 @@ class TestLeavesNoTrace:
             assert config._attn_implementation == attention, name
         for parameter in subject.model.parameters():
             assert not parameter._backward_hooks
-        assert taps._ACTIVE.get() is None
+        assert not taps._ATTACHED
         assert not _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
 
     @pytest.mark.parametrize("backward", [True, False])
@@ -293,7 +311,7 @@ class TestLeavesNoTrace:
             return tensor
 
         subject = reference(ODD.model)
-        on = Taps(subject.model, all_sites(ODD.model), visit, d_head=4, clamps=True, cached=False)
+        on = Taps(subject.model, all_sites(ODD.model), visit, d_head=4, clamps=True)
         with pytest.raises(KeyboardInterrupt), on.attached():
             subject.model(input_ids=inputs(ODD).tokens)
         self.pristine(subject)
@@ -309,7 +327,6 @@ class TestLeavesNoTrace:
             lambda name, tensor: tensor,
             d_head=4,
             clamps=True,
-            cached=False,
         )
         with pytest.raises(AttributeError, match="nowhere"), on.attached():
             pass
@@ -466,3 +483,11 @@ def test_edit_reaches_what_comes_after(site: str) -> None:
         assert moved or site == "unembed.hook_out"
         assert not torch.equal(plain.logits, touched.logits)
     close(Scratch(case).logits.detach(), touched.logits, "logits")
+
+
+def test_a_projection_is_seen_before_its_clamp_also_where_the_clamp_is_not_asked_for() -> None:
+    asked = observable(ODD.model)
+    narrow, wide = observe(reference(ODD.model), ODD, sites=asked), tapped(ODD)
+    for name in asked:
+        assert torch.equal(narrow.values[name], wide.values[name]), name
+    assert narrow.values["blocks.0.attn.q.hook_out"].abs().max() > ODD.model.clip_qkv  # type: ignore[operator]

@@ -128,7 +128,7 @@ def cache_wide(original: Any) -> Any:
 @mutant(
     "cache.expected",
     "an attention called alone",
-    "precision.attention_alone",
+    "components.attention",
     OlmoAttentionBridge,
     "_update_kv_cache",
 )

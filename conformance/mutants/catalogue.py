@@ -17,6 +17,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
 from adapter import OlmoArchitectureAdapter
+from adapter.hooks import OlmoHookPoint
 
 # From what an attribute was to what takes its place.
 Make = Callable[[Any], Any]
@@ -42,10 +43,24 @@ class Mutant:
     killer: str
     apply: Callable[[], AbstractContextManager[None]]
 
+    @property
+    def crashes(self) -> bool:
+        """Whether it shows as an exception. All others must show as a difference."""
+        return self.name in CRASHES
+
     def __str__(self) -> str:
         return self.name
 
 
+CRASHES = {
+    "attention.upstream",
+    "cache.expected",
+    "clamp.in_place",
+    "patch.no_clone",
+    "recompute.forgotten",  # PyTorch notices where an edit has saved another number of tensors
+    "state.biases_required",
+    "states.lens_names_only",
+}
 CATALOGUE: dict[str, Mutant] = {}
 
 _ABSENT = object()
@@ -126,7 +141,7 @@ def points(bridge: TransformerBridge, site: str) -> list[HookPoint]:
 def hook_mutant(name: str, breaks: str, trigger: str, killer: str, site: str, call: Call) -> None:
     """Register a mutant whose hook points at a site treat tensors as ``call`` does."""
 
-    class Broken(HookPoint):
+    class Broken(OlmoHookPoint):
         def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
             return call(super().__call__, tensor)
 

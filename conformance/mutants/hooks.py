@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from transformer_lens.hook_points import HookPoint
 
-from adapter import attention, mlp, rotary
+from adapter import attention, rotary
 from adapter.attention import OlmoAttentionBridge
 from adapter.block import OlmoBlockBridge
-from adapter.hooks import new_hook
+from adapter.hooks import OlmoHookPoint, new_hook
 from adapter.layouts import HeadsAfterPositions, SplitHeads
 from adapter.mlp import OlmoMLPBridge
 from adapter.rotary import OlmoRotaryEmbeddingBridge
-from conformance.mutants.catalogue import add, bridge_mutant, hook_mutant, mutant, points
+from conformance.mutants.catalogue import Make, add, bridge_mutant, hook_mutant, mutant, points
 
 
 @mutant(
@@ -149,12 +149,25 @@ def backward_twice(bridge: Any) -> None:
         point.__class__ = _RegistersTwice
 
 
-for name, breaks, module in (
-    ("branches", "an edit of q.hook_in in place reaches k and v", mlp),
-    ("rotation", "an edit of a block's hook_cos in place reaches later blocks", attention),
+def _shared(*sites: str) -> Make:
+    """Hook points at some sites hand their hooks the tensor that their neighbours read too."""
+    return lambda original: lambda self, x: x if self.name.endswith(sites) else original(self, x)
+
+
+for name, breaks, sites in (
+    (
+        "branches",
+        "an edit of q.hook_in in place reaches k",
+        ("q.hook_in", "k.hook_in", "gate.hook_in"),
+    ),
+    (
+        "rotation",
+        "an edit of a block's rotation in place reaches later blocks",
+        ("hook_cos", "hook_sin"),
+    ),
 ):
     killer, trigger = "interventions.in_place", "such an edit"
-    add(f"in_place.{name}", breaks, trigger, killer, module, "isolated", lambda _: lambda x, at: x)
+    add(f"in_place.{name}", breaks, trigger, killer, OlmoHookPoint, "forward", _shared(*sites))
 
 
 for module, name in ((rotary, "rotary_emb.hook_out"), (attention, "attn.hook_hidden_states")):

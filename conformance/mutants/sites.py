@@ -6,11 +6,13 @@ A site is told apart from its neighbours only if a fault at it alone is found.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from adapter.hooks import OlmoHookPoint
 from conformance.forks import with_gradient_of
-from conformance.mutants.catalogue import Call, hook_mutant
+from conformance.mutants.catalogue import Call, bridge_mutant, hook_mutant
 from conformance.sites import TABLE, Site, Status
 
 _SITES = [site for site in TABLE if site.status in (Status.REQUIRED, Status.OPTIONAL)]
@@ -110,6 +112,37 @@ for name in ("attn.hook_in", "attn.hook_pattern", "mlp.hook_out"):
         f"blocks.{{i}}.{name}",
         _discards,
     )
+
+
+def _reversed(fire: Fire, x: torch.Tensor) -> torch.Tensor:
+    left = fire(x)
+    return torch.where(left.eq(x), x, left.flip(0)) if x.shape[0] > 1 else left
+
+
+for row in ("blocks.{i}.hook_in", "blocks.{i}.attn.o.hook_in"):
+    hook_mutant(
+        f"patching.rows.{row}",
+        "what is returned is put back with its rows in reverse",
+        "a replacement there and more than one row",
+        "interventions.patching",
+        row,
+        _reversed,
+    )
+
+
+class _Leaks(OlmoHookPoint):
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        left: torch.Tensor = super().__call__(tensor)
+        cut = tensor.requires_grad and not left.requires_grad
+        return with_gradient_of(left, tensor) if cut else left
+
+
+@bridge_mutant("patching.leaks", "a replacement", "interventions.patching")
+def leaks(bridge: Any) -> None:
+    """The gradient flows past a tensor that a hook returns and that has none."""
+    for point in bridge.hook_dict.values():
+        point.__class__ = _Leaks
+
 
 for name in ("blocks.{i}.attn.hook_in", "blocks.{i}.mlp.gate.hook_in", "unembed.hook_out"):
     hook_mutant(

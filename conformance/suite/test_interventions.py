@@ -2,5 +2,6 @@ from conformance.checks import interventions
 from conformance.suite.properties import as_test
 
 test_returned = as_test(interventions.returned)
+test_patching = as_test(interventions.patching)
 test_in_place = as_test(interventions.in_place)
 test_clipped = as_test(interventions.clipped)

@@ -4,4 +4,3 @@ from conformance.suite.properties import as_test
 test_everywhere = as_test(precision.everywhere)
 test_no_cache = as_test(precision.no_cache)
 test_cache = as_test(precision.cache)
-test_attention_alone = as_test(precision.attention_alone)

@@ -1,0 +1,149 @@
+"""Hook points are places of their own: copies forwards, gradients in turn backwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from adapter.hooks import OlmoHookPoint
+from adapter.tests import models
+from adapter.tests.models import TOKENS, same
+
+SITE = "blocks.1.hook_resid_pre"
+GATED = [
+    "blocks.0.attn.hook_result",
+    "blocks.1.hook_q_input",
+    "blocks.0.attn.hook_k_input",
+    "blocks.0.hook_attn_in",
+    "blocks.1.hook_mlp_in",
+]
+
+
+def half(tensor: Any, hook: Any) -> Any:
+    return tensor * 0.5
+
+
+def half_in_place(tensor: Any, hook: Any) -> None:
+    tensor.copy_(tensor * 0.5 if tensor.is_floating_point() else tensor.roll(1, -1))
+
+
+@pytest.mark.parametrize("site", ["embed.hook_in", "blocks.0.attn.hook_in", "blocks.1.hook_in"])
+def test_an_edit_in_place_changes_no_neighbour_and_no_token_of_the_caller(site: str) -> None:
+    bridge, tokens = models.bridged(models.olmo(num_hidden_layers=2)), TOKENS.clone()
+    with torch.no_grad():
+        _, plain = bridge.run_with_cache(tokens)
+        with bridge.hooks(fwd_hooks=[(site, half_in_place)]):
+            _, cache = bridge.run_with_cache(tokens)
+    assert torch.equal(tokens, TOKENS)
+    for name in plain:
+        if bridge.hook_dict[name].name == site:
+            break
+        assert same(cache[name], plain[name]), name
+
+
+def test_the_logits_are_the_caller_s_own() -> None:
+    bridge = models.bridged(models.olmo())
+    with torch.no_grad():
+        logits, cache = bridge.run_with_cache(TOKENS)
+        kept = logits.clone()
+        logits.clamp_(-0.1, 0.1)
+    assert same(cache["unembed.hook_out"], kept)
+
+
+def gradients_of(bridge: Any, *hooks: Any, forward: Any = ()) -> Any:
+    bridge.zero_grad()
+    with bridge.hooks(fwd_hooks=list(forward), bwd_hooks=[(SITE, hook) for hook in hooks]):
+        models.backward(bridge(TOKENS))
+    return [parameter.grad.clone() for parameter in bridge.original_model.parameters()]
+
+
+def test_a_gradient_that_a_hook_returns_is_what_the_next_one_sees() -> None:
+    bridge = models.bridged(models.olmo())
+    seen = []
+
+    def keep(gradient: Any, hook: Any) -> None:
+        seen.append(gradient.clone())
+
+    twice = gradients_of(bridge, keep, half, keep, half)
+    assert same(seen[1], seen[0] * 0.5)
+    once = gradients_of(bridge, lambda gradient, hook: gradient * 0.25)
+    assert all(same(a, b) for a, b in zip(twice, once, strict=True))
+
+
+def test_a_returned_gradient_flows_on_through_the_forward_edit() -> None:
+    bridge = models.bridged(models.olmo())
+    both = gradients_of(bridge, lambda gradient, hook: gradient * 2, forward=[(SITE, half)])
+    plain = gradients_of(bridge, forward=[(SITE, half)])
+    embedding, *_ = [name for name, _ in bridge.original_model.named_parameters()]
+    assert "embed" in embedding
+    assert same(both[0], plain[0] * 2)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("site", ["blocks.0.mlp.hook_post", "blocks.1.attn.hook_pattern"])
+def test_a_recomputed_block_has_the_hooks_of_its_forward(site: str, reentrant: bool) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        bridge = models.bridged(models.olmo(num_key_value_heads=2))
+        if checkpointing:
+            bridge.original_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        bridge.train()
+        if reentrant:  # PyTorch's reentrant checkpoint needs an input that has a gradient
+            bridge.original_model.enable_input_require_grads()
+        logits = bridge.run_with_hooks(TOKENS, fwd_hooks=[(site, half)])
+        late = bridge.hook_dict[site].add_hook(lambda tensor, hook: tensor * 0)
+        models.backward(logits)
+        late.hook.remove()
+        assert not bridge.hook_dict[site]._forward_hooks
+        gradients.append([p.grad for p in bridge.original_model.parameters()])
+    assert all(same(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_a_hook_may_remove_another_while_a_checkpointed_block_runs() -> None:
+    bridge = models.bridged(models.olmo())
+    bridge.original_model.gradient_checkpointing_enable({"use_reentrant": False})
+    bridge.train()
+    fired = []
+    later = bridge.hook_dict["blocks.0.mlp.hook_out"]
+    handle = later.add_hook(lambda tensor, hook: fired.append(hook.name))
+    bridge.add_hook("blocks.0.attn.hook_z", lambda tensor, hook: handle.hook.remove())
+    bridge(TOKENS)
+    assert fired == []
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_caching_by_name_what_no_forward_fires_is_refused(name: str) -> None:
+    bridge = models.bridged(models.olmo())
+    canonical = str(bridge.hook_dict[name].name)
+    for asked in (name, [canonical, SITE]):
+        with pytest.raises(ValueError, match=r"set_use_\w+\(True\)"):
+            bridge.run_with_cache(TOKENS, names_filter=asked)
+        with pytest.raises(ValueError, match=r"set_use_\w+\(True\)"):
+            bridge.run_with_cache(TOKENS, True, False, asked)
+        with pytest.raises(ValueError, match=r"set_use_\w+\(True\)"):
+            bridge.add_caching_hooks(names_filter=asked)
+    assert not any(point._forward_hooks for point in bridge.hook_dict.values())
+
+
+def test_caching_what_a_flag_has_turned_on_works() -> None:
+    bridge = models.bridged(models.olmo())
+    bridge.set_use_hook_mlp_in(True)
+    _, cache = bridge.run_with_cache(TOKENS, names_filter="blocks.1.hook_mlp_in")
+    assert list(cache) == ["blocks.1.hook_mlp_in"]
+
+
+def test_a_filter_that_sweeps_over_gated_hooks_skips_them() -> None:
+    bridge = models.bridged(models.olmo())
+    with pytest.warns(UserWarning, match="skipped"):
+        _, cache = bridge.run_with_cache(TOKENS, names_filter=lambda name: "blocks.0" in name)
+    assert "blocks.0.hook_mlp_in" not in cache
+    assert "blocks.0.hook_resid_mid" in cache
+
+
+def test_every_hook_point_is_one_of_ours_also_before_there_is_a_bridge() -> None:
+    bridge = models.bridged(models.olmo())
+    assert {type(point) for point in bridge.hook_dict.values()} == {OlmoHookPoint}
+    attention = bridge.adapter.component_mapping["blocks"].submodules["attn"]
+    assert type(attention.submodules["q"].hook_in) is OlmoHookPoint

@@ -1,0 +1,233 @@
+"""What run_with_cache keeps: which names, which positions, where, and for how long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from hypothesis.strategies import SearchStrategy
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities.slice import Slice
+from transformers import DynamicCache
+
+from conformance.checks.hooking import (
+    attached,
+    changes,
+    run_cached,
+    settle,
+    value_gaps,
+)
+from conformance.checks.interventions import edited_runs
+from conformance.checks.registry import Adapter, check
+from conformance.checks.support import in_one_forward
+from conformance.compare import Gap, compare_tensors
+from conformance.edits import edited
+from conformance.inputs import inputs
+from conformance.observe import hook_points, observe, sites_of
+from conformance.sites import Port, Site
+from conformance.spec import Case, Edit
+from conformance.strategies import cases
+from conformance.subjects import Subject, at_work, bridged, reference
+from conformance.tolerance import exactly
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """One way of asking for a cache.
+
+    Attributes:
+        named: Keyword arguments of run_with_cache.
+        names: The names asked for.
+        positions: The positions that ``pos_slice`` picks.
+    """
+
+    named: Mapping[str, Any]
+    names: Collection[str]
+    positions: Collection[int]
+
+
+def _some_names(
+    every: Mapping[str, Site], draw: Callable[[int], int]
+) -> tuple[Any, Collection[str]]:
+    """A names_filter, and the names that it asks for."""
+    known = [name for site in every.values() for name in (site.name, *site.aliases)]
+    aliases = [name for name in known if name not in every]
+    picked = list(dict.fromkeys(known[draw(len(known))] for _ in range(5)))
+    ending = "." + known[draw(len(known))].rpartition(".")[2]
+    ended = [name for name in known if name.endswith(ending)]
+    alias = aliases[draw(len(aliases))]
+    site = list(every)[draw(len(every))]
+    filters: list[tuple[Any, Collection[str]]] = [
+        (None, known),
+        (site, [site]),
+        (alias, [alias]),
+        (picked, picked),
+        (lambda name: name in picked, picked),
+        (lambda name: name.endswith(ending), ended),
+    ]
+    return filters[draw(len(filters))]
+
+
+def _some_positions(length: int, draw: Callable[[int], int]) -> tuple[Any, Collection[int]]:
+    """A pos_slice, and the positions that it picks of ``length``."""
+    every = range(length)
+    one = draw(2 * length) - length
+    start, stop = draw(2 * length + 1) - length, draw(2 * length + 1) - length
+    some = [draw(2 * length) - length for _ in range(1 + draw(3))]
+    ways: list[tuple[Any, Collection[int]]] = [
+        (None, every),
+        (one, [every[one]]),
+        ((stop,), every[:stop]),
+        ((start, stop), every[start:stop]),
+        ((start, None, 2), every[start::2]),
+        (slice(start, stop), every[start:stop]),
+        (some, [every[at] for at in some]),
+        (torch.tensor(some), [every[at] for at in some]),
+        (Slice((start, stop)), every[start:stop]),
+    ]
+    return ways[draw(len(ways))]
+
+
+def _wish(case: Case, every: Mapping[str, Site]) -> _Wish:
+    generator = torch.Generator().manual_seed(case.run.token_seed)
+
+    def draw(below: int) -> int:
+        return int(torch.randint(below, (), generator=generator))
+
+    names_filter, names = _some_names(every, draw)
+    pos_slice, positions = _some_positions(case.run.seq_len, draw)
+    named = {
+        "names_filter": names_filter,
+        "pos_slice": pos_slice,
+        "device": (None, "cpu", torch.device("meta"))[draw(3)],
+        "remove_batch_dim": case.run.batch == 1 and bool(draw(2)),
+        "return_cache_object": bool(draw(2)),
+    }
+    return _Wish(named, names, positions)
+
+
+@check(
+    "caching.values",
+    "run_with_cache keeps just the names asked for (by a string, list or filter, canonical or "
+    "alias), each with the reference's tensor at the positions, on the device and in the shape "
+    "asked for, and changes neither the logits nor the bridge.",
+    cases,
+    examples=0.7,
+)
+def values(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """One drawn combination of what run_with_cache can be asked for."""
+    case = in_one_forward(case)
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    every = sites_of(subject, case)
+    expected = observe(reference(case.model), case, sites=every, backward=False)
+    wish = _wish(case, every)
+    settle(subject, case)
+    before = attached(subject)
+    logits, cache = run_cached(subject, case, inputs(case).tokens, **wish.named)
+    yield from changes(before, attached(subject), "after run_with_cache")
+    gap = compare_tensors(
+        "logits", expected.logits, logits.detach(), exactly(expected.logits.dtype)
+    )
+    yield from [gap] if gap else []
+    owner = {name: site for site in every.values() for name in (site.name, *site.aliases)}
+    asked = {owner[name].name for name in wish.names}
+    device = torch.device(wish.named["device"] or "cpu")
+    if any(parameter.device.type != "cpu" for parameter in subject.parameters.values()):
+        yield Gap("parameters", "contract", f"moved, as only the cache should be, to {device}")
+
+    def view(site: Site) -> Callable[[torch.Tensor], torch.Tensor]:
+        # Queries, of [batch, head, query, key]; positions come second everywhere else.
+        dim = 2 if site.port in (Port.SCORES, Port.PATTERN) else 1
+        at = torch.tensor(list(wish.positions), dtype=torch.long)
+
+        def look(tensor: torch.Tensor) -> torch.Tensor:
+            picked = tensor.index_select(dim, at)
+            squeezed = wish.named["remove_batch_dim"] and picked.shape[0] == 1
+            return (picked[0] if squeezed else picked).to(device)
+
+        return look
+
+    for name in sorted(set(wish.names) - cache.keys()):
+        yield Gap(name, "missing", "not in the cache, though asked for")
+    for name, tensor in cache.items():
+        site = owner.get(name)
+        if site is None or site.name not in asked:
+            yield Gap(name, "extra", "in the cache, though not asked for")
+            continue
+        if tensor.requires_grad or tensor.device != device:
+            yield Gap(name, "contract", f"on {tensor.device}, {tensor.requires_grad=}")
+        elif device.type == "cpu":
+            yield from value_gaps(name, site, expected, tensor, view(site))
+        elif tensor.shape != (due := view(site)(expected.values[site.name])).shape:
+            yield Gap(name, "shape", f"{list(tensor.shape)} instead of {list(due.shape)}")
+
+
+def changed_cases() -> SearchStrategy[Case]:
+    """Cases with one edit in place, half of which let a gradient flow and drop the edit."""
+    return cases(runs=partial(edited_runs, kinds=("in_place",), most=1))
+
+
+def _disturb(
+    subject: Subject, case: Case, logits: torch.Tensor, tokens: torch.Tensor, kept: DynamicCache
+) -> None:
+    """Rewrite in place all that a forward has used, and run others that rewrite all they use."""
+    bridge = subject.bridge
+    assert bridge is not None
+
+    def halve(tensor: torch.Tensor, hook: HookPoint) -> None:
+        if tensor.is_floating_point():
+            tensor.mul_(0.5)
+
+    with at_work("later forwards"), torch.no_grad():
+        logits.clamp_(-0.01, 0.01)
+        tokens.zero_()
+        with bridge.hooks(fwd_hooks=[(lambda name: True, halve)]):
+            bridge(tokens, return_type="logits")
+        for parameter in subject.parameters.values():
+            parameter.mul_(2)
+        bridge(tokens, return_type="logits")
+        if kept.get_seq_length() and case.run.padding == "none":
+            bridge(tokens[:, :1], return_type="logits", past_key_values=kept, use_cache=True)
+
+
+@check(
+    "caching.unchanging",
+    "What run_with_cache has kept does not change afterwards: not by an edit in place at another "
+    "hook, a backward, a later forward with or without the key-value cache, new weights, or what "
+    "the caller does to tokens and logits in place.",
+    changed_cases,
+    examples=0.5,
+)
+def unchanging(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """An edit in place is performed without a gradient: PyTorch refuses most under one."""
+    case = in_one_forward(case)
+    backward = bool(case.run.token_seed % 2)
+    edits = () if backward else case.run.edits
+    case = replace(case, run=replace(case.run, edits=edits))
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    every, data = sites_of(subject, case), inputs(case)
+    expected = observe(reference(case.model), case, sites=every, backward=False)
+    for edit in edits:
+
+        def in_place(tensor: torch.Tensor, hook: HookPoint, edit: Edit = edit) -> None:
+            tensor.copy_(edited(edit, tensor))
+
+        hook_points(subject)[edit.site].add_hook(in_place)
+    tokens, kept = data.tokens.clone(), DynamicCache(config=subject.model.config)
+    named: dict[str, Any] = {"names_filter": lambda name: name in every}
+    if case.run.use_cache:
+        named["past_key_values"] = kept
+    with torch.set_grad_enabled(backward):
+        logits, cache = run_cached(subject, case, tokens, **named)
+    with at_work("a backward"):
+        if backward:
+            logits.backward(data.probe.to(logits.dtype))  # type: ignore[no-untyped-call]
+    _disturb(subject, case, logits, tokens, kept)
+    for name, site in every.items():
+        if name not in cache:
+            yield Gap(name, "missing", "not in the cache")
+        else:
+            yield from value_gaps(name, site, expected, cache[name])

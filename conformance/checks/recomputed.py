@@ -1,0 +1,159 @@
+"""Hooks under gradient checkpointing, which computes each block once more in the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import takewhile
+
+import torch
+from hypothesis.strategies import SearchStrategy
+from torch.utils.checkpoint import set_checkpoint_early_stop
+from transformer_lens.hook_points import HookPoint
+
+from conformance.checks.hooking import Log, Pairs, run_hooked, value_gaps
+from conformance.checks.interventions import edited_runs
+from conformance.checks.registry import Adapter, check
+from conformance.compare import (
+    Gap,
+    compare_firing,
+    compare_gradients,
+    compare_parameters,
+    compare_tensors,
+)
+from conformance.edits import edited
+from conformance.observe import Observation, Recorder, observe, sites_of
+from conformance.sites import Site, fired_rows
+from conformance.spec import Case, Edit
+from conformance.strategies import cases
+from conformance.subjects import Subject, at_work, bridged, reference
+from conformance.tolerance import exactly
+
+
+class _Replayed(Recorder):
+    """Keeps what a site shows the second time apart from what it showed first."""
+
+    def begin(self, case: Case) -> None:
+        """Forget the last run."""
+        super().begin(case)
+        self.again: list[tuple[str, torch.Tensor]] = []
+
+    def value(self, name: str, tensor: torch.Tensor) -> None:
+        """Keep a site's tensor as it is now."""
+        if name in self.values:
+            self.again.append((name, tensor))
+        else:
+            super().value(name, tensor)
+
+
+def trained_cases() -> SearchStrategy[Case]:
+    """Cases in train mode, without a cache, with an edit that returns a tensor."""
+
+    def trained(case: Case) -> Case:
+        run = replace(case.run, training=True, use_cache=False, chunks=1)
+        return replace(case, run=run)
+
+    # Where it checkpoints, Hugging Face has the embedding's output require a gradient, whatever a
+    # hook has made of it: an edit that cuts the graph is another one there.
+    rows = [site.name for site in fired_rows() if site.name != "embed.hook_out"]
+    return cases(runs=partial(edited_runs, most=1, rows=rows)).map(trained)
+
+
+def _replay(
+    names: Iterable[str], expected: Observation, again: list[str], *, whole: bool
+) -> Iterator[Gap]:
+    """A block's hooks inside its checkpoint fire again in order, the last block's first.
+
+    PyTorch stops when it has all that the backward asks for: behind the last operation that saves
+    its input, which is the MLP's last projection.
+    """
+    left = list(again)
+    inner: dict[str, list[str]] = {}
+    for name in names:
+        block = ".".join(name.split(".")[:2])
+        if name.startswith("blocks.") and name not in (f"{block}.hook_in", f"{block}.hook_out"):
+            inner.setdefault(block, []).append(name)
+    for block, due in reversed(inner.items()):
+        fired = list(takewhile(lambda name, due=due: name in due, left))  # type: ignore[misc]
+        left = left[len(fired) :]
+        last = due[-1] if whole else f"{block}.mlp.out.hook_in"
+        least = due.index(last) + 1
+        if not any(name in expected.gradients for name in due):
+            least = 0  # an edit has cut it off: no gradient reaches this block
+        if fired != due[: len(fired)] or len(fired) < least:
+            yield from compare_firing(due[: max(least, len(fired))], fired)
+    for name in left:
+        yield Gap(name, "count", "fired again outside of a recomputed block")
+
+
+@check(
+    "firing.recomputed",
+    "Under gradient checkpointing (reentrant off), forward hooks inside a block fire once more "
+    "when the backward recomputes it, as far as it does, and the others once, both times with the "
+    "reference's tensor; backward hooks fire once, in reverse order, with its gradient; an edit "
+    "acts in the recomputation too, also where its hook is gone by then.",
+    trained_cases,
+    examples=0.4,
+)
+def recomputed(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Against a reference that never recomputes, with and without PyTorch's early stop."""
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    every = sites_of(subject, case)
+    plain = {name: site for name, site in every.items() if not site.derived}
+    expected = observe(reference(case.model), case, sites=every)
+    whole = bool(case.run.token_seed % 2)
+    with at_work("enabling checkpoints"):
+        enable = subject.model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+    with set_checkpoint_early_stop(not whole):
+        if case.run.token_seed // 2 % 2:
+            yield from _passing(subject, case, expected, plain)
+        else:
+            yield from _watched(subject, case, expected, plain, every, whole=whole)
+
+
+def _watched(
+    subject: Subject,
+    case: Case,
+    expected: Observation,
+    plain: dict[str, Site],
+    every: dict[str, Site],
+    *,
+    whole: bool,
+) -> Iterator[Gap]:
+    """Hooks on everything, forwards and backwards, from the start to the end."""
+    recorder = _Replayed()
+    actual = observe(subject, case, sites=plain, recorder=recorder)
+    yield from compare_firing(every, actual.fired)
+    yield from _replay(every, expected, [name for name, _ in recorder.again], whole=whole)
+    for name, tensor in (*actual.values.items(), *recorder.again):
+        if name in every:
+            yield from value_gaps(name, every[name], expected, tensor)
+    due = [name for name in reversed(plain) if name in expected.gradients]
+    yield from compare_firing(due, actual.fired_backward)
+    yield from compare_gradients(expected, actual, plain)
+    yield from compare_parameters(expected, actual)
+
+
+def _passing(
+    subject: Subject, case: Case, expected: Observation, plain: dict[str, Site]
+) -> Iterator[Gap]:
+    """The edit and the backward hooks, in a run_with_hooks that is over when the backward comes."""
+    log = Log()
+    edits: Pairs = [(edit.site, partial(_perform, edit)) for edit in case.run.edits]
+    listeners: Pairs = [(name, log.listener(name)) for name in plain]
+    logits = run_hooked(subject, case, {"run_with_hooks": edits}, {"run_with_hooks": listeners})
+    gap = compare_tensors("logits", expected.logits, logits, exactly(logits.dtype))
+    yield from [gap] if gap else []
+    seen = {name: tensors[0] for name, tensors in log.tensors.items() if tensors}
+    trained = {name: parameter.grad for name, parameter in subject.parameters.items()}
+    actual = Observation(
+        logits, gradients=seen, fired_backward=tuple(log.order), parameter_gradients=trained
+    )
+    yield from compare_gradients(expected, actual, plain)
+    yield from compare_parameters(expected, actual)
+
+
+def _perform(edit: Edit, tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor:
+    return edited(edit, tensor)

@@ -1,0 +1,65 @@
+"""An adapter class that cannot even be made is errored by every check, with the reason."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from adapter import OlmoArchitectureAdapter
+from conformance.checks import REGISTRY, Check, judge
+from conformance.spec import Case, Edit, ModelSpec, RunSpec
+from conformance.verdict import Outcome
+
+CASE = Case(
+    model=ModelSpec(num_hidden_layers=2, clip_qkv=0.5, biases=("q", "k", "v", "o")),
+    run=RunSpec(seq_len=3, edits=(Edit(site="blocks.0.ln1.hook_normalized"),)),
+)
+
+
+class BrokenConstructorAdapter(OlmoArchitectureAdapter):
+    def __init__(self, cfg: Any) -> None:
+        raise ZeroDivisionError("a bad constructor")
+
+
+class GreedyConstructorAdapter(OlmoArchitectureAdapter):
+    def __init__(self, cfg: Any, more: Any) -> None:
+        super().__init__(cfg)
+
+
+class MaplessAdapter(OlmoArchitectureAdapter):
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        self.component_mapping = None
+
+
+class LostAdapter(OlmoArchitectureAdapter):
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        assert self.component_mapping is not None
+        self.component_mapping["ln_final"].name = "model.nowhere"
+
+
+def reason_of(check: Check, broken: Any) -> str:
+    verdict = judge(check, broken, CASE)
+    assert verdict.outcome in (Outcome.ERRORED, Outcome.NOT_APPLICABLE), verdict.summary
+    return verdict.reason if verdict.outcome is Outcome.ERRORED else ""
+
+
+@pytest.mark.parametrize("check", REGISTRY.values(), ids=str)
+def test_a_broken_constructor_is_errored_by_every_check(check: Check) -> None:
+    said = reason_of(check, BrokenConstructorAdapter)
+    assert not said or said == "constructing the adapter: ZeroDivisionError: a bad constructor"
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason"),
+    [
+        (GreedyConstructorAdapter, "constructing the adapter: TypeError: .*'more'"),
+        (MaplessAdapter, "building the bridge: ValueError: .*component_mapping"),
+        (LostAdapter, "building the bridge: AttributeError: .*'nowhere'"),
+    ],
+)
+def test_the_reason_says_what_is_broken(broken: Any, reason: str) -> None:
+    assert re.match(reason, reason_of(REGISTRY["forward.logits"], broken))
