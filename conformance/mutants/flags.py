@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
-from adapter import attention, block
+from adapter import attention
 from adapter.attention import OlmoAttentionBridge
 from adapter.block import OlmoBlockBridge
 from adapter.compatibility import OlmoTransformerBridge
-from conformance.mutants.catalogue import add, mutant
+from adapter.hooks import OlmoHookPoint
+from conformance.mutants.catalogue import add, mutant, shared
 
 
 @mutant(
@@ -199,9 +200,9 @@ add(
     "an edit of hook_mlp_in in place reaches the residual stream beside the MLP",
     "such an edit",
     "flags.in_place",
-    block,
-    "isolated",
-    lambda original: lambda tensor, point: tensor,
+    OlmoHookPoint,
+    "forward",
+    shared("hook_mlp_in"),
 )
 
 
