@@ -157,6 +157,18 @@ def test_edits_that_do_not_compose_are_refused() -> None:
         bridge.run_with_hooks(TOKENS, fwd_hooks=[(n, lambda t, hook: flip(t)) for n in both])
 
 
+@pytest.mark.parametrize("flag", ["use_split_qkv_input", "use_attn_in"])
+def test_what_is_not_a_number_is_no_edit(flag: str) -> None:
+    plain, bridge = models.bridged(models.olmo()), flagged(models.bridged(models.olmo()), flag)
+
+    def broken(tensor: Any, hook: Any) -> Any:
+        return tensor.index_fill(1, torch.tensor(1), torch.nan)
+
+    hooks = [("blocks.0.hook_in", broken)]
+    logits = bridge.run_with_hooks(TOKENS, fwd_hooks=hooks)
+    assert same(logits, plain.run_with_hooks(TOKENS, fwd_hooks=hooks))
+
+
 def test_per_head_hooks_need_a_plain_weight() -> None:
     class Adapted(torch.nn.Module):
         def __init__(self, linear: Any) -> None:

@@ -92,7 +92,9 @@ hook_mutant(
     "a hook that gives back what it saw",
     "metamorphic.identity",
     "blocks.{i}.attn.hook_pattern",
-    lambda fire, x: out if (out := fire(x)) is x else out / out.sum(-1, keepdim=True),
+    lambda fire, x: (
+        out if (out := fire(x)) is x else (out / out.sum(-1, keepdim=True)).nan_to_num()
+    ),
 )
 
 
@@ -158,11 +160,11 @@ add(
 def padding(original: Any) -> Any:
     """Without a mask, tokens of the padding's number are masked."""
 
-    def forward(self: Any, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen = tokens != PAD_TOKEN
+    def forward(self: Any, input: torch.Tensor, **kwargs: Any) -> Any:
+        seen = input != PAD_TOKEN
         if kwargs.get("attention_mask") is None and bool(seen[:, 0].all()):
             kwargs["attention_mask"] = seen.long()
-        return original(self, tokens, *args, **kwargs)
+        return original(self, input, **kwargs)
 
     return forward
 
