@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,8 +52,13 @@ _RECOMPUTED = 8 * FLOAT32_ULP
 # the loss over 20,000 drawn logits, and 2.1 over 800 drawn cases.
 _LOSS = 8 * FLOAT32_ULP
 
-
+# A sum of products in another order, in eps of the sum of their sizes: at most 0.51 over 210 drawn
+# cases of edits behind flags and of renamed vocabularies, gradients included, in every dtype.
 _SUM = 2.0
+
+# Another way of computing the same, in what one rounding of every number moves it and an ulp of the
+# greatest together: at most 0.9 over 280 drawn cases of four relations. A chance of signs can move
+# a nudged run by much less than the worst, and eight times is what that leaves.
 _NUDGES = 8.0
 
 
@@ -262,15 +267,17 @@ def of_sum(dtype: torch.dtype, size: float, *, through_norm: bool = False) -> Al
     return Allowance(bound, bound * size, "another order of summation")
 
 
-def of_rounding(plain: torch.Tensor, nudged: torch.Tensor) -> Allowance:
+def of_rounding(plain: torch.Tensor, nudged: Sequence[torch.Tensor]) -> Allowance:
     """The allowance of what is computed by another way that is equal but for its rounding.
 
     Args:
         plain: What a run gave.
-        nudged: What the same run gave with each value on the way off by about one rounding.
+        nudged: What the same run gave, some times, with each value on the way off by about one
+            rounding. Where a clip leaves one entry of a tensor, one nudge may well cancel there.
     """
     # A masked score is the least number there is, and says nothing of the others' size.
     unmasked = plain[plain.abs() < torch.finfo(plain.dtype).max / 2]
-    greatest, moved = _greatest(unmasked.abs()), _greatest((plain - nudged).abs())
+    greatest = _greatest(unmasked.abs())
+    moved = max(_greatest((plain - other).abs()) for other in nudged)
     atol = _NUDGES * (moved + FLOAT32_ULP * greatest)
     return Allowance(0.0, atol, "equal but for rounding: as far as roundings move the reference")

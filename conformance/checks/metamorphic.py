@@ -88,11 +88,23 @@ def whole_runs(model: ModelSpec) -> SearchStrategy[RunSpec]:
     return run_specs(model, chunks=st.just(1), trainings=st.just(False))
 
 
+def runs_of_rows(model: ModelSpec) -> SearchStrategy[RunSpec]:
+    """As `whole_runs`, of several rows, most of them at positions of their own."""
+    return run_specs(
+        model,
+        batches=st.sampled_from(range(2, 5)),
+        paddings=st.sampled_from(("rows", "left", "gap", "none")),
+        positions=st.sampled_from(("derived", "shuffled")),
+        chunks=st.just(1),
+        trainings=st.just(False),
+    )
+
+
 @check(
     "metamorphic.rows",
     "Rows of a batch know nothing of each other: in another order and twice, or alone, each has "
     "the values that it had, and no gradient goes from one to another.",
-    lambda: cases(models=model_specs(dtypes=WIDE_DTYPES), runs=whole_runs),
+    lambda: cases(models=model_specs(dtypes=WIDE_DTYPES), runs=runs_of_rows),
     examples=0.25,
 )
 def rows(adapter: Adapter, case: Case) -> Iterator[Gap]:

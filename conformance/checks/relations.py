@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from conformance.compare import Gap, compare_tensors
-from conformance.observe import Observation, Recorder, observe
+from conformance.inputs import inputs
+from conformance.observe import Observation, Recorder, watched
 from conformance.sites import Site
 from conformance.spec import Case
 from conformance.subjects import Subject
@@ -46,8 +47,8 @@ def underived(sites: Mapping[str, Site]) -> dict[str, Site]:
 
 def nudged(
     subject: Subject, case: Case, sites: Mapping[str, Site], *, angles: int = 1
-) -> Observation:
-    """What a float32 or float64 reference shows when every number on the way is rounded once more.
+) -> tuple[Observation, ...]:
+    """What a float32 or float64 reference shows, four times, when every number is rounded once more.
 
     Between it and the plain run lies what rounding can do in this case: little where it cancels,
     much behind a LayerNorm of nearly equal entries. It goes forwards only: a gradient has kinks, at
@@ -60,8 +61,9 @@ def nudged(
         angles: By how many roundings cosines and sines are moved: an angle is rounded in units of
             itself, which grows with the position.
     """
-    nudges = _Nudges(case.run.token_seed, angles)
-    return observe(subject, case, sites=sites, backward=False, recorder=nudges)
+    nudges, d_head = _Nudges(case.run.token_seed, angles), case.model.d_head
+    with watched(subject, d_head, sites=sites, backward=False, recorder=nudges) as look:
+        return tuple(look(case, inputs(case)) for _ in range(4))
 
 
 def related_gaps(
@@ -70,7 +72,7 @@ def related_gaps(
     sites: Mapping[str, Site],
     view: View,
     *,
-    moved: Observation | None = None,
+    moved: Sequence[Observation] = (),
     label: str = "",
 ) -> Iterator[Gap]:
     """Where two runs are not related as they should be: at sites, and in the logits.
@@ -80,12 +82,12 @@ def related_gaps(
         actual: The bridge's related one.
         sites: The sites related, in order. Derived ones are left out.
         view: What must agree.
-        moved: The run of `nudged`, where the relation holds but for rounding; None is bitwise.
+        moved: The runs of `nudged`, where the relation holds but for rounding; none is bitwise.
         label: Put before the names of what does not agree.
     """
 
     def look(
-        name: str, kind: str, due: torch.Tensor, got: torch.Tensor | None, by: torch.Tensor | None
+        name: str, kind: str, due: torch.Tensor, got: torch.Tensor | None, by: list[torch.Tensor]
     ) -> Iterator[Gap]:
         if got is None:
             yield Gap(f"{label}{name}", "missing", f"no {kind} of it")
@@ -99,20 +101,19 @@ def related_gaps(
         if seen is None:
             return
         allowance = exactly(due.dtype)
-        if by is not None and due.is_floating_point():
+        if by and due.is_floating_point():
             allowance = of_rounding(due, by)
         gap = compare_tensors(f"{label}{name}", *seen, allowance, kind=kind)
         yield from [gap] if gap else []
 
-    bys = moved.values if moved else {}
     for name in (name for name, site in sites.items() if not site.derived):
         if name in expected.values:
             value, got = expected.values[name], actual.values.get(name)
-            yield from look(name, "value", value, got, bys.get(name))
+            yield from look(name, "value", value, got, [run.values[name] for run in moved])
         if name in expected.gradients:
             due, got = expected.gradients[name], actual.gradients.get(name)
-            yield from look(name, "gradient", due, got, None)
-    by = moved.logits if moved else None
+            yield from look(name, "gradient", due, got, [])
+    by = [run.logits for run in moved]
     yield from look("logits", "value", expected.logits, actual.logits, by)
 
 

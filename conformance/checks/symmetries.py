@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
 
 from conformance.checks.metamorphic import whole_runs
 from conformance.checks.registry import Adapter, check
@@ -15,8 +16,8 @@ from conformance.checks.relations import nudged, related_gaps, reweigh, underive
 from conformance.compare import Gap, compare_parameters, compare_tensors
 from conformance.inputs import inputs
 from conformance.observe import observe, sites_of
-from conformance.spec import GREATEST_CLIP, PROJECTIONS, Case
-from conformance.strategies import HEAD_PAIRS, WIDE_DTYPES, cases, model_specs
+from conformance.spec import GREATEST_CLIP, PROJECTIONS, Case, ModelSpec, RunSpec
+from conformance.strategies import HEAD_PAIRS, WIDE_DTYPES, cases, model_specs, run_specs
 from conformance.subjects import bridged, reference
 from conformance.tolerance import of_sum
 
@@ -204,11 +205,22 @@ def groups(adapter: Adapter, case: Case) -> Iterator[Gap]:
     yield from related_gaps(expected, actual, every, related, moved=moved)
 
 
+def runs_of_words(model: ModelSpec) -> SearchStrategy[RunSpec]:
+    """As `whole_runs`, of several tokens, half of them without a mask."""
+    return run_specs(
+        model,
+        lengths=st.sampled_from((*range(2, 10), 24)),
+        paddings=st.sampled_from(("none", "right", "none", "gap")),
+        chunks=st.just(1),
+        trainings=st.just(False),
+    )
+
+
 @check(
     "symmetry.vocabulary",
     "Tokens are names: with the words of the vocabulary in another order, the model is the same, "
     "whatever token now has the padding's number.",
-    lambda: cases(runs=whole_runs),
+    lambda: cases(runs=runs_of_words),
     examples=0.3,
 )
 def vocabulary(adapter: Adapter, case: Case) -> Iterator[Gap]:

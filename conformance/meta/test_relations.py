@@ -28,15 +28,15 @@ def test_a_nudged_run_is_off_by_roundings(dtype: str) -> None:
     plain, moved = observe(subject, case, sites=SITES), nudged(subject, case, SITES)
     for name, value in plain.values.items():
         if name not in ("embed.hook_in",) and not SITES[name].derived:
-            allowance = of_rounding(value, moved.values[name])
+            allowance = of_rounding(value, [run.values[name] for run in moved])
             assert 0 < allowance.atol < 1e-3, name
-    assert not torch.equal(plain.logits, moved.logits)
-    assert not moved.gradients
+    assert not torch.equal(plain.logits, moved[0].logits)
+    assert not any(run.gradients for run in moved)
 
 
 def test_a_masked_score_does_not_count() -> None:
     scores = torch.tensor([1.0, torch.finfo(torch.float32).min])
-    assert of_rounding(scores, scores).atol < 1e-6
+    assert of_rounding(scores, [scores]).atol < 1e-6
 
 
 def test_runs_that_are_not_related_are_told_apart() -> None:
@@ -46,7 +46,7 @@ def test_runs_that_are_not_related_are_told_apart() -> None:
     both = lambda name, kind, due, got: (due, got)  # noqa: E731
     assert not list(related_gaps(plain, plain, SITES, both))
     values_only = replace(plain, gradients={})
-    assert not list(related_gaps(values_only, moved, SITES, both, moved=moved))
+    assert not list(related_gaps(values_only, moved[0], SITES, both, moved=moved))
     (gap,) = related_gaps(plain, off, SITES, both, moved=moved, label="again: ")
     assert (gap.site, gap.kind) == ("again: logits", "value")
     less = replace(plain, values={**plain.values, "embed.hook_out": torch.zeros(1)})
