@@ -117,7 +117,7 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
         projected = []
         for linear, change in zip(linears, self._changes(residual, norm), strict=True):
             source = linear.hook_in(hidden_states)
-            if bool(change.any()) and not _equal(source, norm(residual)):
+            if bool(change.any()) and not torch.equal(source, norm(residual)):
                 raise ValueError(
                     f"blocks.{hf.layer_idx}.attn: a per-head input hook and a hook between ln1 and "
                     f"{linear.name} both edited what {linear.name} reads; edit one of them"
@@ -207,11 +207,6 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
         output = head_contributions(z, self.o.original_component, hf.head_dim, self.hook_result)
         output = self.o.hook_out(output)
         return output
-
-
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether all entries are equal. Two NaN in one place are."""
-    return torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _record_attentions(pattern: torch.Tensor) -> None:

@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 
+from adapter.calls import OlmoCalls
 from adapter.gates import refuse_gated
+from adapter.recorders import forget_output_recorders
 from adapter.state import WholeStateBridge
+from adapter.text import OlmoTextBridge
 
 
-class OlmoTransformerBridge(WholeStateBridge):
+class OlmoTransformerBridge(OlmoCalls, OlmoTextBridge, WholeStateBridge):
     """A TransformerBridge that refuses or skips what is not legal for OLMo.
 
     TransformerLens decides about weight processing in the bridge and tells an architecture adapter
@@ -22,7 +25,7 @@ class OlmoTransformerBridge(WholeStateBridge):
     # Hooks are Python that comes and goes between two calls. Traced, every one of them breaks the
     # graph, a change of them compiles anew, and an older PyTorch fails at it. So torch.compile
     # leaves a bridge as it is: a compiled one runs eagerly, hooks and all.
-    forward = torch.compiler.disable(WholeStateBridge.forward)  # type: ignore[no-untyped-call]
+    forward = torch.compiler.disable(OlmoCalls.forward)  # type: ignore[no-untyped-call]
 
     def enable_compatibility_mode(
         self,
@@ -60,6 +63,7 @@ class OlmoTransformerBridge(WholeStateBridge):
         if fold_value_biases and (reason := self._why_value_biases_must_stay()):
             warnings.warn(f"value biases are not folded into b_O: {reason}", stacklevel=2)
             fold_value_biases = False
+        trains = {name: held.requires_grad for name, held in self.named_parameters()}
         super().process_weights(
             verbose=verbose,
             fold_ln=fold_ln,
@@ -67,6 +71,15 @@ class OlmoTransformerBridge(WholeStateBridge):
             center_unembed=center_unembed,
             fold_value_biases=fold_value_biases,
         )
+        # Processed weights are new parameters. What was frozen stays so, and so does what is new in
+        # a model that is frozen as a whole.
+        for name, held in self.named_parameters():
+            held.requires_grad_(trains.get(name, any(trains.values())))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and copy without the hooks that pickle cannot find by their names."""
+        forget_output_recorders(self.original_model)
+        return super().__reduce_ex__(protocol)
 
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         """Run and cache; refuse a name whose hook fires only under a flag that is off."""

@@ -44,9 +44,10 @@ def change_of_heads(
     copies = residual.unsqueeze(2).repeat(1, 1, n_heads, 1)
     hooked = hook(copies.clone())
     wide = torch.promote_types(residual.dtype, torch.float32)
-    # Both terms send their gradients to ``copies``, where they cancel exactly.
-    change: torch.Tensor = norm(hooked).to(wide) - norm(copies).to(wide)
-    return change
+    plain = norm(copies).to(wide)
+    # Both terms send their gradients to ``copies``, where they cancel exactly. No edit changes what
+    # a residual stream that is not finite leaves, and NaN - NaN would look like one.
+    return torch.where(plain.isnan(), 0.0, norm(hooked).to(wide) - plain)
 
 
 def mean_of_groups(heads: torch.Tensor, size: int) -> torch.Tensor:

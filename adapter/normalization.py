@@ -30,8 +30,13 @@ class OlmoLayerNormBridge(NormalizationBridge):
         if getattr(self, "_relevance_rule_active", False):  # LRP rules of releases before 4.3
             return super().forward(hidden_states, **kwargs)
         hidden_states = self.hook_in(hidden_states)
+        scaled = is_hooked(self.hook_scale)
+        if scaled:
+            # The input is then read twice. A node of its own sums the two gradients before that of
+            # the residual stream is added, whichever other hooks there are.
+            hidden_states = hidden_states.view_as(hidden_states)
         output = self._native(hidden_states)
-        if is_hooked(self.hook_scale):
+        if scaled:
             output = self._apply_scale_hook(hidden_states, output)
         result: torch.Tensor = self.hook_out(self.hook_normalized(output))
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from transformer_lens.conversion_utils.conversion_steps import RearrangeTensorConversion
@@ -12,6 +13,7 @@ from transformer_lens.model_bridge.generalized_components import EmbeddingBridge
 
 from adapter.attention import OlmoAttentionBridge
 from adapter.block import OlmoBlockBridge
+from adapter.checkpoint import require_text, require_whole
 from adapter.clip import patch_clip
 from adapter.compatibility import OlmoTransformerBridge
 from adapter.configuration import tell_the_truth
@@ -111,6 +113,12 @@ class OlmoArchitectureAdapter(ArchitectureAdapter):
         for component in self.component_mapping.values():
             adopt(component)
 
+    def prepare_loading(self, model_name: str, model_kwargs: dict[str, Any]) -> None:
+        """Refuse a directory whose files are not a whole OLMo, before they are loaded."""
+        super().prepare_loading(model_name, model_kwargs)
+        if Path(model_name).is_dir():
+            require_whole(Path(model_name), model_kwargs["config"])
+
     def prepare_model(self, hf_model: Any, *, exact_clip: bool = False) -> None:
         """Force eager attention and take the in-place clamp out of the attention forwards.
 
@@ -126,6 +134,8 @@ class OlmoArchitectureAdapter(ArchitectureAdapter):
         if type(bridge) is TransformerBridge:
             bridge.__class__ = OlmoTransformerBridge
         tell_the_truth(bridge)
+        if bridge.tokenizer is not None:
+            require_text(bridge.tokenizer)
         for block in bridge.blocks:
             block.attn.set_rotary_emb(bridge.rotary_emb)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -94,6 +94,27 @@ def compare_tensors(
         f"allowed {allowance}"
     )
     return Gap(name, kind, detail, greatest, index)
+
+
+def bitwise(
+    name: str, due: torch.Tensor, got: torch.Tensor, *, kind: str = "value"
+) -> Iterator[Gap]:
+    """The gap between two tensors that may not differ at all, if there is one."""
+    return within(exactly(due.dtype), name, due, got, kind=kind)
+
+
+def within(
+    allowance: Allowance, name: str, due: torch.Tensor, got: torch.Tensor, *, kind: str = "value"
+) -> Iterator[Gap]:
+    """The gap between two tensors that differ by more than is allowed, if there is one."""
+    gap = compare_tensors(name, due, got, allowance, kind=kind)
+    yield from [gap] if gap else []
+
+
+def labelled(label: str, gaps: Iterable[Gap]) -> Iterator[Gap]:
+    """The same gaps, with what they were found in told first."""
+    for gap in gaps:
+        yield replace(gap, site=f"{label}: {gap.site}")
 
 
 def compare_firing(expected: Iterable[str], actual: Iterable[str]) -> Iterator[Gap]:

@@ -10,6 +10,7 @@ from conformance.spec import ModelSpec, Record, load
 
 _HERE = Path(__file__).parent
 FIXTURES = _HERE / "fixtures" if (_HERE / "fixtures").is_dir() else _HERE.parent / "fixtures"
+TRAINED = FIXTURES / "trained"
 
 
 @cache
@@ -47,3 +48,42 @@ def published() -> dict[str, ModelSpec]:
             weight_scale=0.1,
         )
     return specs
+
+
+def trained(dtype: str = "float32") -> ModelSpec:
+    """The model of `TRAINED`, a small OLMo that has learned real text.
+
+    Args:
+        dtype: What its weights, saved in float32, are cast to.
+    """
+    config = json.loads((TRAINED / "config.json").read_text(encoding="utf-8"))
+    return ModelSpec(
+        hidden_size=config["hidden_size"],
+        intermediate_size=config["intermediate_size"],
+        num_hidden_layers=config["num_hidden_layers"],
+        num_attention_heads=config["num_attention_heads"],
+        num_key_value_heads=config["num_key_value_heads"],
+        vocab_size=config["vocab_size"],
+        max_position_embeddings=config["max_position_embeddings"],
+        hidden_act=config["hidden_act"],
+        rope_theta=config["rope_parameters"]["rope_theta"],
+        tie_word_embeddings=config["tie_word_embeddings"],
+        clip_qkv=config["clip_qkv"],
+        dtype=dtype,
+        weights="trained",
+    )
+
+
+@cache
+def held_out() -> str:
+    """The text that the trained model has not seen."""
+    return (TRAINED / "held_out.txt").read_text(encoding="utf-8")
+
+
+@cache
+def held_out_tokens() -> tuple[int, ...]:
+    """That text in the trained model's tokens, with nothing added."""
+    from tokenizers import Tokenizer  # here, so that looking for a fixture stays light
+
+    tokenizer = Tokenizer.from_file(str(TRAINED / "tokenizer.json"))
+    return tuple(tokenizer.encode(held_out(), add_special_tokens=False).ids)

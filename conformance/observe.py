@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -153,27 +153,60 @@ def hook_points(subject: Subject) -> dict[str, HookPoint]:
     return canonical_points(subject.bridge)
 
 
-def canonical_points(bridge: TransformerBridge) -> dict[str, HookPoint]:
-    """As `hook_points`, of a bridge that is no subject."""
-    unique = {id(point): point for point in bridge.hook_dict.values()}
-    return {str(point.name): point for point in unique.values()}
+def canonical_points(
+    bridge: TransformerBridge, known: Collection[str] = ()
+) -> dict[str, HookPoint]:
+    """As `hook_points`, of a bridge that is no subject.
+
+    Args:
+        bridge: The bridge.
+        known: Canonical names. In compatibility mode a hook point's own name is a legacy one.
+    """
+    by_name = bridge.hook_dict
+    unique = {id(point): point for point in by_name.values()}
+    canonical = {id(by_name[name]): name for name in known if name in by_name}
+
+    def name_of(point: HookPoint) -> str:
+        own = str(point.name)
+        return own if own in known else canonical.get(id(point), own)
+
+    return {name_of(point): point for point in unique.values()}
+
+
+def attach(
+    point: HookPoint, hook: Callable[..., torch.Tensor | None], way: Literal["fwd", "bwd"] = "fwd"
+) -> Callable[[], None]:
+    """Add a hook to a point; what is returned removes it, and leaves all others alone."""
+    held = f"{way}_hooks"
+    before = {id(handle) for handle in getattr(point, held)}
+    point.add_hook(hook, dir=way)
+    added = [handle for handle in getattr(point, held) if id(handle) not in before]
+
+    def detach() -> None:
+        for handle in added:
+            handle.hook.remove()
+        now = getattr(point, held)
+        setattr(point, held, [handle for handle in now if handle not in added])
+
+    return detach
 
 
 @contextmanager
 def _hooked(
-    subject: Subject, recorder: Recorder, backward: Collection[str], returned: bool
+    subject: Subject,
+    recorder: Recorder,
+    known: Collection[str],
+    backward: Collection[str],
+    returned: bool,
 ) -> Iterator[None]:
     """Record, and edit, at every hook point of a bridge; backward only where asked."""
-    points = hook_points(subject)
-    try:
-        for name, point in points.items():
-            point.add_hook(_value_hook(recorder, name, returned))
+    assert subject.bridge is not None
+    with ExitStack() as stack:
+        for name, point in canonical_points(subject.bridge, known).items():
+            stack.callback(attach(point, _value_hook(recorder, name, returned)))
             if name in backward:
-                point.add_hook(_gradient_hook(recorder, name), dir="bwd")
+                stack.callback(attach(point, _gradient_hook(recorder, name), "bwd"))
         yield
-    finally:
-        for point in points.values():
-            point.remove_hooks("both")
 
 
 def module_of(subject: Subject) -> nn.Module:
@@ -360,7 +393,7 @@ def watched(
     if sites is not None and subject.bridge is not None:
         at = sites if gradients_at is None else gradients_at
         hooked = frozenset(at) if backward and not returned else frozenset()
-        around = _hooked(subject, recorder, hooked, returned)
+        around = _hooked(subject, recorder, sites, hooked, returned)
     elif sites is not None:
         clamps = subject.clamps
         taps = Taps(

@@ -20,10 +20,13 @@ from conformance.profiles import (
     DEFAULT_PROFILE,
     DTYPES_VARIABLE,
     FAILURES,
+    LEDGER_OFF,
+    LEDGER_VARIABLE,
     PROFILE_VARIABLE,
     PROFILES,
     chosen,
     chosen_dtypes,
+    uses_ledger,
 )
 from conformance.spec import DTYPES, SpecError
 
@@ -52,6 +55,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help=f"Draw models of these dtypes only (default: {','.join(DTYPES)}).",
     )
     group.addoption(
+        "--no-ledger",
+        action="store_true",
+        help="Fail on known defects, too: expect no failure that the ledger lists.",
+    )
+    group.addoption(
         "--example-database",
         metavar="URL_OR_FOLDER",
         help="Where the profiles dev and deep keep failing examples, for example "
@@ -69,6 +77,8 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         if config.getoption(option):
             os.environ[variable] = config.getoption(option)
+    if config.getoption("--no-ledger"):
+        os.environ[LEDGER_VARIABLE] = LEDGER_OFF
     if hasattr(config, "workerinput"):
         return
     try:
@@ -110,6 +120,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         "with: " + ", ".join(_version(name) for name in packages),
         f"dtypes: {', '.join(chosen_dtypes())}; profile: {profile.name} "
         f"({profile.examples} examples a check of weight 1, {drawn})",
+        *([] if uses_ledger() else ["known defects: not expected (--no-ledger)"]),
     ]
 
 

@@ -16,6 +16,8 @@ DEFAULT_ADAPTER = "adapter:OlmoArchitectureAdapter"
 ADAPTER_VARIABLE = "OLMO_CONFORMANCE_ADAPTER"
 PROFILE_VARIABLE = "OLMO_CONFORMANCE_PROFILE"
 DTYPES_VARIABLE = "OLMO_CONFORMANCE_DTYPES"
+LEDGER_VARIABLE = "OLMO_CONFORMANCE_LEDGER"
+LEDGER_OFF = "off"
 DATABASE_VARIABLE = "OLMO_CONFORMANCE_EXAMPLE_DATABASE"
 
 
@@ -28,18 +30,20 @@ class Profile:
         examples: Cases of a check of weight 1.
         deterministic: The same cases every time.
         stores: Keep failing cases in Hypothesis' example database.
+        steps: Most steps of the state machine in one example.
     """
 
     name: str
     examples: int
     deterministic: bool
     stores: bool
+    steps: int = 10
 
 
 PROFILES = {
     "ci": Profile("ci", 60, deterministic=True, stores=False),
     "dev": Profile("dev", 40, deterministic=False, stores=True),
-    "deep": Profile("deep", 600, deterministic=False, stores=True),
+    "deep": Profile("deep", 600, deterministic=False, stores=True, steps=25),
 }
 DEFAULT_PROFILE = "ci"
 
@@ -75,3 +79,8 @@ def dtypes(names: str) -> tuple[str, ...]:
 def chosen_dtypes() -> tuple[str, ...]:
     """The dtypes that the environment names, or all."""
     return dtypes(os.environ.get(DTYPES_VARIABLE, ",".join(DTYPES)))
+
+
+def uses_ledger() -> bool:
+    """Whether what the ledger of known defects explains counts as known: unless turned off."""
+    return os.environ.get(LEDGER_VARIABLE) != LEDGER_OFF

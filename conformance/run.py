@@ -6,7 +6,7 @@ import inspect
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,12 +15,15 @@ import hypothesis
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
-from conformance.checks import REGISTRY, Check, require
-from conformance.checks.registry import Adapter
+from conformance.checks import REGISTRY, Check
+from conformance.checks.registry import Adapter, adapter_name
 from conformance.database import chosen_database
+from conformance.defects import Known
+from conformance.ledger import known
 from conformance.profiles import ADAPTER_VARIABLE, DEFAULT_ADAPTER, Profile, chosen, profile
 from conformance.spec import Case, SpecError
-from conformance.verdict import ConformanceError, Outcome, Verdict
+from conformance.trial import Trial
+from conformance.verdict import ConformanceError, Verdict
 
 UPSTREAM = "transformer_lens.model_bridge.supported_architectures.olmo:OlmoArchitectureAdapter"
 _FORM = "MODULE:CLASS, or upstream for the installed transformer_lens' own"
@@ -79,6 +82,7 @@ def property_settings(check: Check, on: Profile | None = None) -> settings:
     # Said in full, for Hypothesis' own defaults are others where CI is set in the environment.
     return settings(
         max_examples=max(1, round(on.examples * check.examples)),
+        stateful_step_count=on.steps,
         derandomize=on.deterministic,
         database=chosen_database() if on.stores else None,
         deadline=None,
@@ -110,13 +114,10 @@ def write_case(verdict: Verdict, folder: Path) -> Path:
     return path
 
 
-@dataclass
-class _Tally:
-    """What the examples of one check came to so far."""
-
-    examples: int = 0
-    applied: int = 0
-    last: Verdict | None = None
+def known_of(check: Check, adapter: Adapter) -> Known:
+    """What the ledger knows of an adapter under a check, in the installed transformer_lens."""
+    release = versions()["transformer-lens"]
+    return known(check.name, upstream=adapter_name(adapter) == UPSTREAM, release=release)
 
 
 def run_check(
@@ -126,8 +127,9 @@ def run_check(
     on: Profile,
     seed: int | None = None,
     each: Callable[[], None] = lambda: None,
+    known: Known | None = None,
 ) -> Verdict:
-    """Draw cases and judge each, until one fails; a failing one is shrunk.
+    """Judge the recorded cases, then draw others, until one shows what is not known: it is shrunk.
 
     Args:
         check: What to judge.
@@ -135,14 +137,13 @@ def run_check(
         on: How many cases, and whether they are the same every time.
         seed: Seed of the draws, instead of the profile's.
         each: Called after every case.
+        known: What the ledger knows; nothing if None.
     """
-    tally, start = _Tally(), time.perf_counter()
+    trial, start = Trial(check, adapter, known), time.perf_counter()
 
     def one(case: Case) -> None:
-        tally.examples += 1
         try:
-            tally.last = require(check, adapter, case)
-            tally.applied += tally.last.outcome is not Outcome.NOT_APPLICABLE
+            trial.judge(case)
         finally:
             each()
 
@@ -151,14 +152,14 @@ def run_check(
         bound = settings(bound, derandomize=False)
     drawn = bound(given(case=check.cases())(one))
     try:
+        for case in trial.firsts:
+            one(case)
         (drawn if seed is None else hypothesis.seed(seed)(drawn))()
-        assert tally.last is not None, "a strategy that draws nothing"
-        passed = Outcome.PASSED if tally.applied else Outcome.NOT_APPLICABLE
-        verdict = replace(tally.last, outcome=passed)
+        verdict = trial.verdict()
     except ConformanceError as error:
-        verdict = error.verdict
+        verdict = replace(error.verdict, known=trial.told)
     seconds = time.perf_counter() - start
-    return replace(verdict, examples=tally.examples, seconds=seconds)
+    return replace(verdict, examples=trial.examples, seconds=seconds)
 
 
 def check_adapter(
@@ -167,6 +168,7 @@ def check_adapter(
     checks: Iterable[str] = (),
     profile_name: str = "ci",
     seed: int | None = None,
+    ledger: bool = True,
 ) -> list[Verdict]:
     """Judge an adapter, with no pytest: the same checks, cases and verdicts.
 
@@ -175,6 +177,7 @@ def check_adapter(
         checks: Names of checks or of surfaces; all if empty.
         profile_name: ``ci``, ``dev`` or ``deep``.
         seed: Seed of the draws; None leaves it to the profile (``ci`` always draws the same).
+        ledger: Whether what the ledger of known defects explains counts as known, not as failed.
 
     Returns:
         One verdict a check, in the registry's order.
@@ -182,7 +185,8 @@ def check_adapter(
     Raises:
         SpecError: If the adapter, a check or the profile does not exist.
     """
-    return list(iter_verdicts(adapter, checks=checks, on=profile(profile_name), seed=seed))
+    on = profile(profile_name)
+    return list(iter_verdicts(adapter, checks=checks, on=on, seed=seed, ledger=ledger))
 
 
 def iter_verdicts(
@@ -191,6 +195,7 @@ def iter_verdicts(
     checks: Iterable[str],
     on: Profile,
     seed: int | None,
+    ledger: bool = True,
     starting: Callable[[Check, int], None] = lambda check, examples: None,
     each: Callable[[], None] = lambda: None,
 ) -> Iterator[Verdict]:
@@ -198,4 +203,5 @@ def iter_verdicts(
     judged = load_adapter(adapter) if isinstance(adapter, str) else adapter
     for check in select_checks(checks):
         starting(check, property_settings(check, on).max_examples)
-        yield run_check(check, judged, on=on, seed=seed, each=each)
+        known = known_of(check, judged) if ledger else None
+        yield run_check(check, judged, on=on, seed=seed, each=each, known=known)

@@ -253,9 +253,14 @@ def _expand(rows: Iterable[Site], layers: int) -> Iterator[Site]:
             yield from (site.at(block) for site in group)
 
 
+@cache
+def _every_site(layers: int) -> tuple[Site, ...]:
+    return tuple(_expand(TABLE, layers))
+
+
 def sites(model: ModelSpec) -> dict[str, Site]:
     """Every site that the table knows for a model, by canonical name, in order of execution."""
-    return {site.name: site for site in _expand(TABLE, model.num_hidden_layers)}
+    return {site.name: site for site in _every_site(model.num_hidden_layers)}
 
 
 def fired_rows(optional: Collection[str] = ()) -> list[Site]:

@@ -32,9 +32,28 @@ EDITS = (
     "one_row",
     "in_place",
 )
+WEIGHTS = ("drawn", "trained")
 PROCESSING = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 FLAGS = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 EXCLUSIVE = {"use_split_qkv_input", "use_attn_in"}
+# What a step of the state machine does, and with which of a step's fields (see `Step`).
+SITED_STEPS = (
+    "add_hook",
+    "add_permanent_hook",
+    "add_backward_hook",
+    "remove_hooks",
+    "run_with_hooks",
+    "hooks_context",
+    "failing_hook",
+    "failing_backward_hook",
+)
+STEPS = (
+    *("forward", "backward", "zero_grad", "optimize"),
+    *SITED_STEPS,
+    *("reset_hooks", "reset_all_hooks", "run_with_cache", "output_attentions", "generate"),
+    *("flag", "train", "eval", "cast", "load", "freeze", "thaw"),
+    *("deepcopy", "pickle", "compatibility", "prepare", "unpatch"),
+)
 MAX_SEED = 2**31 - 1
 # PyTorch refuses to clamp a tensor by what its dtype cannot hold.
 GREATEST_CLIP = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38, "float64": 1.79e308}
@@ -97,6 +116,14 @@ def _subset(spec: object, name: str, allowed: tuple[str, ...]) -> None:
     object.__setattr__(spec, name, tuple(item for item in allowed if item in value))
 
 
+def _tuple_of(spec: object, name: str, kind: type, allowed: str) -> None:
+    """Normalise a list of specs to a tuple."""
+    value = getattr(spec, name)
+    good = isinstance(value, (tuple, list)) and all(isinstance(item, kind) for item in value)
+    _require(good, name, value, allowed)
+    object.__setattr__(spec, name, tuple(value))
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """The configuration fields of an OLMo that matter, under Hugging Face's own names.
@@ -107,6 +134,8 @@ class ModelSpec:
         biases: Which of the attention's projections q, k, v, o have a bias.
         weight_seed: Seed of every weight and bias.
         weight_scale: Standard deviation of the weights. Wide (0.3), or no clip ever binds.
+        weights: ``drawn`` from the seed, or ``trained``: those of ``fixtures/trained``, cast to the
+            spec's dtype. Its sizes and biases must then be that model's (see `data.trained`).
     """
 
     hidden_size: int = 16
@@ -127,6 +156,7 @@ class ModelSpec:
     dtype: str = "float32"
     weight_seed: int = 0
     weight_scale: float = 0.3
+    weights: str = "drawn"
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -137,6 +167,7 @@ class ModelSpec:
         _boolean(self, "tie_word_embeddings")
         _one_of(self, "dtype", DTYPES)
         _one_of(self, "rope_type", ROPE_TYPES)
+        _one_of(self, "weights", WEIGHTS)
         _subset(self, "biases", PROJECTIONS)
         _require(isinstance(self.hidden_act, str), "hidden_act", self.hidden_act, "a name")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
@@ -204,6 +235,46 @@ class Edit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Step:
+    """One step of the state machine: what is done to a bridge that then must equal a fresh model.
+
+    Attributes:
+        kind: One of `STEPS`.
+        site: Canonical hook name, for the kinds of `SITED_STEPS` and for no other.
+        edit: What the step's hook does to the tensor there, of `EDITS`.
+        flag: The flag that the kind ``flag`` turns over.
+        dtype: The dtype that the kind ``cast`` moves to.
+        seed: Draws the tokens and chooses among the ways of doing the same; 0 is the plainest.
+    """
+
+    kind: str
+    site: str = ""
+    edit: str = "scale"
+    flag: str = ""
+    dtype: str = ""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of(self, "kind", STEPS)
+        _one_of(self, "edit", EDITS)
+        _integer(self, ("seed",), 0, MAX_SEED)
+        fields: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+            ("site", SITED_STEPS, ()),
+            ("flag", ("flag",), FLAGS),
+            ("dtype", ("cast",), DTYPES),
+        )
+        for name, kinds, values in fields:
+            value = getattr(self, name)
+            if self.kind not in kinds:
+                _require(value == "", name, value, f"empty: {self.kind} has no {name}")
+            elif values:
+                _one_of(self, name, values)
+            else:
+                good = isinstance(value, str) and bool(value)
+                _require(good, name, value, "a canonical hook name")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSpec:
     """One run of a model: its input and how it is called.
 
@@ -220,6 +291,7 @@ class RunSpec:
         edits: Interventions active during the forward.
         processing: Weight processing asked of ``enable_compatibility_mode``, where a check does.
         flags: Flags of a bridge, turned on where a check does. They change nothing by themselves.
+        steps: What the state machine does to a bridge, one after the other.
     """
 
     token_seed: int = 0
@@ -234,6 +306,7 @@ class RunSpec:
     edits: tuple[Edit, ...] = ()
     processing: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
 
     def __post_init__(self) -> None:
         _integer(self, ("token_seed",), 0, MAX_SEED)
@@ -248,10 +321,8 @@ class RunSpec:
         _subset(self, "flags", FLAGS)
         legal = f"without one of {sorted(EXCLUSIVE)}, which exclude each other"
         _require(not set(self.flags) >= EXCLUSIVE, "flags", self.flags, legal)
-        good = isinstance(self.edits, (tuple, list))
-        good = good and all(isinstance(edit, Edit) for edit in self.edits)
-        _require(good, "edits", self.edits, "a list of edits")
-        object.__setattr__(self, "edits", tuple(self.edits))
+        _tuple_of(self, "edits", Edit, "a list of edits")
+        _tuple_of(self, "steps", Step, "a list of steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,10 +359,7 @@ class Case:
     def __post_init__(self) -> None:
         _require(isinstance(self.model, ModelSpec), "model", self.model, "a ModelSpec")
         _require(isinstance(self.run, RunSpec), "run", self.run, "a RunSpec")
-        good = isinstance(self.reruns, (tuple, list))
-        good = good and all(isinstance(rerun, Rerun) for rerun in self.reruns)
-        _require(good, "reruns", self.reruns, "a list of reruns")
-        object.__setattr__(self, "reruns", tuple(self.reruns))
+        _tuple_of(self, "reruns", Rerun, "a list of reruns")
         room = self.model.max_position_embeddings
         allowed = f"at most max_position_embeddings={room}"
         for wanted in (self.run.seq_len, *(rerun.run.seq_len for rerun in self.reruns)):
@@ -349,7 +417,7 @@ def _from_mapping(kind: type[_Spec], body: object, where: str) -> _Spec:
     kinds: dict[str, type] = {"model": ModelSpec, "run": RunSpec, "case": Case}
     for name in kinds.keys() & nested.keys():
         nested[name] = _from_mapping(kinds[name], nested[name], f"{where}.{name}")
-    lists: dict[str, type] = {"edits": Edit, "reruns": Rerun}
+    lists: dict[str, type] = {"edits": Edit, "steps": Step, "reruns": Rerun}
     for name in lists.keys() & nested.keys():
         _require(isinstance(nested[name], list), f"{where}.{name}", nested[name], "a list")
         nested[name] = tuple(
@@ -362,6 +430,32 @@ def _from_mapping(kind: type[_Spec], body: object, where: str) -> _Spec:
         raise
     except TypeError as error:
         raise SpecError(where, sorted(body), f"a complete {kind.__name__} ({error})") from None
+
+
+def case_of(body: object, where: str = "case") -> Case:
+    """Build a case from decoded JSON or TOML; whatever is left out has its default.
+
+    Raises:
+        SpecError: If it is no table, names an unknown field or holds a bad value.
+    """
+    return _from_mapping(Case, body, where)
+
+
+def sparse(case: Case) -> dict[str, Any]:
+    """A case as JSON has it, but only what differs from the defaults; `case_of` reads it."""
+
+    def differing(spec: object, default: object) -> dict[str, Any]:
+        names = [item.name for item in dataclasses.fields(spec)]  # type: ignore[arg-type]
+        values = {name: (getattr(spec, name), getattr(default, name)) for name in names}
+        return {name: value for name, (value, usual) in values.items() if value != usual}
+
+    model, run = differing(case.model, ModelSpec()), differing(case.run, RunSpec())
+    if case.run.edits:
+        run["edits"] = [
+            {"site": edit.site, **differing(edit, Edit(site=edit.site))} for edit in case.run.edits
+        ]
+    body = {"model": model, "run": run, "tokens": [list(row) for row in case.tokens]}
+    return {name: part for name, part in body.items() if part}
 
 
 def loads(text: str, source: str = "case") -> Record:

@@ -26,6 +26,7 @@ from typing import TypeVar
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
+from conformance.data import held_out_tokens, trained
 from conformance.profiles import chosen_dtypes
 from conformance.spec import (
     EDITS,
@@ -317,3 +318,17 @@ def series(draw: DrawFn, *, fewest: SearchStrategy[int] = FEWEST_RERUNS) -> Case
 def clipped_cases() -> SearchStrategy[Case]:
     """Cases whose model always has a clip, of any kind."""
     return cases(models=model_specs(clips=clip_present()))
+
+
+def on_trained(case: Case) -> Case:
+    """The same run of the trained model, on real text.
+
+    It has as many layers as any drawn model, so that every site is there, and grouped heads and a
+    clip, but no biases. Of the drawn model the dtype and the dropout stay.
+    """
+    text, run = held_out_tokens(), case.run
+    room = len(text) - run.seq_len
+    starts = ((run.token_seed + row * run.seq_len) % room for row in range(run.batch))
+    model = replace(trained(case.model.dtype), attention_dropout=case.model.attention_dropout)
+    tokens = tuple(text[start : start + run.seq_len] for start in starts)
+    return Case(model=model, run=run, tokens=tokens)

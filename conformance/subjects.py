@@ -6,20 +6,24 @@ the model it wraps, so no two subjects ever share a module.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformer_lens.config import TransformerBridgeConfig
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
-from transformers import OlmoConfig, OlmoForCausalLM
+from transformers import OlmoConfig, OlmoForCausalLM, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
+from conformance.data import TRAINED
 from conformance.spec import PROJECTIONS, ModelSpec, SpecError
 
 ARCHITECTURE = "OlmoForCausalLM"
@@ -63,7 +67,7 @@ class Subject:
     under_test: bool = True
 
 
-def _rope_parameters(model: ModelSpec) -> dict[str, Any]:
+def rope_parameters(model: ModelSpec) -> dict[str, Any]:
     """What `rope_parameters` of a Hugging Face configuration needs for each type of RoPE."""
     half = max(model.max_position_embeddings // 2, 1)
     extra: dict[str, dict[str, Any]] = {
@@ -85,15 +89,19 @@ def _rope_parameters(model: ModelSpec) -> dict[str, Any]:
     }
 
 
-def hf_config(model: ModelSpec) -> OlmoConfig:
-    """The Hugging Face configuration of a spec, with eager attention.
+def hf_config(model: ModelSpec, attention: str = "eager") -> OlmoConfig:
+    """The Hugging Face configuration of a spec.
+
+    Args:
+        model: The spec.
+        attention: Hugging Face's name of the implementation of attention.
 
     Raises:
         SpecError: If Hugging Face knows no activation of the name ``hidden_act``.
     """
     if model.hidden_act not in ACT2FN:
         raise SpecError("hidden_act", model.hidden_act, f"one of {sorted(ACT2FN)}")
-    extra: dict[str, Any] = {"attn_implementation": "eager"}
+    extra: dict[str, Any] = {"attn_implementation": attention}
     if model.head_dim is not None:
         extra["head_dim"] = model.head_dim
     return OlmoConfig(
@@ -105,7 +113,7 @@ def hf_config(model: ModelSpec) -> OlmoConfig:
         vocab_size=model.vocab_size,
         max_position_embeddings=model.max_position_embeddings,
         hidden_act=model.hidden_act,
-        rope_parameters=_rope_parameters(model),
+        rope_parameters=rope_parameters(model),
         tie_word_embeddings=model.tie_word_embeddings,
         attention_bias=bool(model.biases),
         attention_dropout=model.attention_dropout,
@@ -138,30 +146,67 @@ def redraw(subjects: Iterable[Subject], model: ModelSpec) -> None:
             torch._foreach_copy_(list(other.parameters.values()), list(first.parameters.values()))
 
 
-def hf_model(model: ModelSpec) -> OlmoForCausalLM:
+@cache
+def _trained_weights() -> Mapping[str, torch.Tensor]:
+    return load_file(TRAINED / "model.safetensors")
+
+
+def _load(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Copy the trained weights, which a model of another shape cannot have."""
+    trained = _trained_weights()
+    wanted = {name: list(parameter.shape) for name, parameter in parameters.items()}
+    shapes = {name: list(tensor.shape) for name, tensor in trained.items()}
+    if wanted != shapes:
+        others = sorted(name for name in wanted | shapes if wanted.get(name) != shapes.get(name))
+        allowed = f"drawn, or the sizes and biases data.trained()'s: {', '.join(others)} differ"
+        raise SpecError("weights", "trained", allowed)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(trained[name])
+
+
+def hf_model(model: ModelSpec, attention: str = "eager") -> OlmoForCausalLM:
     """A fresh Hugging Face model of a spec: equal specs give equal weights.
 
     The weights are created in the spec's dtype, as `from_pretrained` does; the rotary frequencies
     stay float32.
+
+    Raises:
+        SpecError: If trained weights are asked for and the sizes are not theirs.
     """
     with torch.random.fork_rng(devices=[]):
         built = OlmoForCausalLM._from_config(  # type: ignore[no-untyped-call]
-            hf_config(model), dtype=getattr(torch, model.dtype)
+            hf_config(model, attention), dtype=getattr(torch, model.dtype)
         )
     for layer in built.model.layers if model.biases else ():
         for letter in set(PROJECTIONS) - set(model.biases):
             getattr(layer.self_attn, f"{letter}_proj").bias = None
-    _fill(dict(built.named_parameters()), model)
+    parameters = dict(built.named_parameters())
+    if model.weights == "trained":
+        _load(parameters)
+    else:
+        _fill(parameters, model)
     built.eval()
     return built  # type: ignore[no-any-return]
 
 
 def lens_config(model: OlmoForCausalLM) -> TransformerBridgeConfig:
     """The configuration that transformer_lens itself would give an adapter."""
-    dtype = next(model.parameters()).dtype
-    config: TransformerBridgeConfig = build_bridge_config_from_hf(
-        model.config, ARCHITECTURE, "olmo-conformance", dtype
-    )
+    name, dtype = "olmo-conformance", next(model.parameters()).dtype
+    sources = "transformer_lens.model_bridge.sources"
+    try:
+        builder = import_module(f"{sources}._bridge_builder")
+    except ModuleNotFoundError:
+        pass
+    else:
+        config: TransformerBridgeConfig = builder.build_bridge_config_from_hf(
+            model.config, ARCHITECTURE, name, dtype
+        )
+        return config
+    # Before 3.5 only a whole `boot`, which wants a checkpoint, does what follows.
+    mapped = import_module(f"{sources}.transformers").map_default_transformer_lens_config
+    config = TransformerBridgeConfig.from_dict(dict(vars(mapped(model.config))))
+    config.architecture, config.model_name, config.dtype = ARCHITECTURE, name, dtype
     return config
 
 
@@ -172,9 +217,16 @@ def make_adapter(adapter: type[ArchitectureAdapter], model: OlmoForCausalLM) -> 
         return adapter(config)
 
 
-def reference(model: ModelSpec) -> Subject:
+def unpatcher(adapter: type[ArchitectureAdapter]) -> Callable[[Any], None] | None:
+    """The ``unpatch_model`` that an adapter's package offers, or None."""
+    package = sys.modules[adapter.__module__.partition(".")[0]]
+    found: Callable[[Any], None] | None = getattr(package, "unpatch_model", None)
+    return found
+
+
+def reference(model: ModelSpec, *, attention: str = "eager") -> Subject:
     """The pristine Hugging Face model."""
-    built = hf_model(model)
+    built = hf_model(model, attention)
     clamps = model.clip_qkv is not None
     return Subject(built, dict(built.named_parameters()), clamps=clamps, under_test=False)
 
@@ -198,7 +250,12 @@ def patched(
 
 
 def bridged(
-    model: ModelSpec, adapter: type[ArchitectureAdapter], *, prepared: bool = True
+    model: ModelSpec,
+    adapter: type[ArchitectureAdapter],
+    *,
+    prepared: bool = True,
+    attention: str = "eager",
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Subject:
     """A `TransformerBridge` around a Hugging Face model, built with the adapter under test.
 
@@ -206,14 +263,21 @@ def bridged(
         model: What to build.
         adapter: The adapter class under test.
         prepared: Call ``prepare_model`` first, as ``boot_transformers`` does.
+        attention: Hugging Face's name of the attention that the model was loaded with.
+        tokenizer: Of a bridge that takes text; set up as ``boot_transformers`` does it.
     """
-    built = hf_model(model)
+    built = hf_model(model, attention)
     parameters = dict(built.named_parameters())
     with at_work("building the bridge"):
         made = make_adapter(adapter, built)
         if prepared:
             made.prepare_model(built)
-        bridge = TransformerBridge(built, made, None)
+        if tokenizer is not None:
+            # Older releases have it elsewhere, and no less than a bridge without text.
+            from transformer_lens.model_bridge.sources._bridge_builder import configure_tokenizer
+
+            tokenizer = configure_tokenizer(tokenizer, made.cfg)
+        bridge = TransformerBridge(built, made, tokenizer)
         bridge.eval()
     declared = tuple(getattr(adapter, "optional_hooks", ()))
     return Subject(built, parameters, bridge=bridge, optional_hooks=declared)

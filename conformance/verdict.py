@@ -11,9 +11,10 @@ from conformance.spec import Case, Record
 
 
 class Outcome(Enum):
-    """The four things that can be said of a subject."""
+    """The five things that can be said of a subject."""
 
     PASSED = "passed"
+    KNOWN = "known"  # it fails, but only as the ledger of known defects says
     FAILED = "failed"
     ERRORED = "errored"
     NOT_APPLICABLE = "not applicable"
@@ -34,6 +35,7 @@ class Verdict:
         case: The case it came of: the smallest failing one, or the last that passed.
         gaps: All disagreements, in the order of execution.
         reason: Why it errored or does not apply.
+        known: The known defects that it showed, each with the number of cases.
         examples: How many cases were judged.
         seconds: Time it took.
     """
@@ -44,6 +46,7 @@ class Verdict:
     case: Case | None = None
     gaps: tuple[Gap, ...] = ()
     reason: str = ""
+    known: tuple[tuple[str, int], ...] = ()
     examples: int = 1
     seconds: float = 0.0
 
@@ -51,6 +54,11 @@ class Verdict:
     def bad(self) -> bool:
         """Whether the adapter does not conform."""
         return self.outcome in (Outcome.FAILED, Outcome.ERRORED)
+
+    @property
+    def known_as(self) -> str:
+        """The known defects that it showed, in words."""
+        return ", ".join(f"{name} in {count}" for name, count in self.known)
 
     @property
     def summary(self) -> str:

@@ -97,6 +97,25 @@ def test_all_processed_weights_train() -> None:
     assert all(p.grad is not None and p.grad.any() for p in bridge.parameters())
 
 
+def test_what_is_frozen_stays_frozen() -> None:
+    _, bridge = models.pair(attention_bias=True, no_bias="o", tie_word_embeddings=True)
+    frozen = {name for name, held in list(bridge.named_parameters())[::2] if held.ndim == 2}
+    for name, held in bridge.named_parameters():
+        held.requires_grad_(name not in frozen)
+    bridge.enable_compatibility_mode(disable_warnings=True)
+    assert frozen
+    assert {name for name, held in bridge.named_parameters() if not held.requires_grad} == frozen
+
+
+def test_nothing_new_trains_in_a_frozen_model() -> None:
+    _, bridge = models.pair(attention_bias=True, no_bias="o", tie_word_embeddings=True)
+    bridge.requires_grad_(False)
+    before = len(list(bridge.parameters()))
+    bridge.enable_compatibility_mode(disable_warnings=True)
+    assert len(list(bridge.parameters())) > before
+    assert not any(held.requires_grad for held in bridge.parameters())
+
+
 def test_padded_queries_have_no_pattern_and_no_nan() -> None:
     _, bridge = models.pair(attention_bias=True)
     bridge.enable_compatibility_mode(disable_warnings=True)

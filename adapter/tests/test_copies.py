@@ -64,6 +64,19 @@ def test_a_twin_is_independent(flag: Any, twin_of: Any, used: Any) -> None:
     assert not same(edited, plain)
 
 
+@pytest.mark.parametrize("twin_of", [copied, saved_and_loaded])
+def test_a_bridge_that_has_shown_its_attentions_still_saves(twin_of: Any) -> None:
+    bridge = models.bridged(models.olmo())
+    bridge.run_with_cache(TOKENS)
+    asked = {"output_attentions": True, "output_hidden_states": True}
+    expected = models.olmo()(TOKENS, **asked)
+    for each in (twin_of(bridge), bridge):
+        seen = each.original_model(TOKENS, **asked)
+        assert len(seen.attentions) == len(expected.attentions)
+        assert all(map(same, seen.attentions, expected.attentions))
+        assert all(map(same, seen.hidden_states, expected.hidden_states))
+
+
 def test_a_copy_outlives_its_original() -> None:
     bridge = models.bridged(models.olmo())
     bridge.cfg.use_split_qkv_input = True

@@ -78,6 +78,18 @@ def test_an_edit_has_the_effect_of_the_same_edit_from_scratch(
             torch.testing.assert_close(b.grad, a.grad, rtol=0, atol=bound)
 
 
+def test_gradients_under_an_edited_scale_do_not_depend_on_other_hooks() -> None:
+    found = []
+    for others in ((), ("hook_in", "hook_normalized", "hook_out")):
+        _, bridge = models.pair()
+        scales = [(f"{place}.hook_scale", lambda t, hook: t * 1.5) for place in PLACES]
+        looks = [(f"{place}.{name}", lambda t, hook: None) for place in PLACES for name in others]
+        with bridge.hooks(fwd_hooks=scales + looks):
+            models.backward(bridge(TOKENS))
+        found.append([p.grad for p in bridge.original_model.parameters()])
+    assert all(same(alone, beside) for alone, beside in zip(*found, strict=True))
+
+
 def test_a_detached_scale_freezes_the_norm() -> None:
     reference, bridge = models.pair()
     reference.model.norm = FromScratch("hook_scale", torch.Tensor.detach)

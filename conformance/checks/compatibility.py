@@ -22,6 +22,7 @@ from conformance.spec import PADDINGS, PROCESSING, Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs, run_specs
 from conformance.subjects import Subject, at_work, bridged, reference
 from conformance.tolerance import of_log_probabilities
+from conformance.verdict import NotApplicable
 
 ACTIVATIONS = ("silu", *sorted(set(ACT2FN) - {"silu"}))
 
@@ -95,6 +96,8 @@ def log_probabilities(adapter: Adapter, case: Case) -> Iterator[Gap]:
 )
 def value_biases(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Legal is: no clamp between the bias and its use, no dropout on the pattern."""
+    if "v" not in case.model.biases:
+        raise NotApplicable("the model has no value bias")
     run = replace(case.run, training=False, processing=("fold_value_biases",))
     case = replace(case, run=run)
     subject = bridged(case.model, adapter, prepared=run.prepared)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import io
 import pickle
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from dataclasses import replace
 
 import torch
 
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import copied
+from conformance.checks.support import copied, quiet
 from conformance.compare import Gap, compare_parameters, compare_tensors, compare_values
 from conformance.observe import observe, sites_of
 from conformance.spec import DTYPES, Case
@@ -143,7 +142,7 @@ def cast(adapter: Adapter, case: Case) -> Iterator[Gap]:
         dtype = getattr(torch, name)
         truth.model.to(dtype)
         # transformer_lens prints what it does.
-        with at_work(f"casting to {name}"), redirect_stdout(io.StringIO()):
+        with at_work(f"casting to {name}"), quiet():
             subject.bridge.to(dtype)
         if subject.bridge.cfg.dtype != dtype:
             yield Gap("cfg.dtype", "contract", f"{subject.bridge.cfg.dtype} after .to({dtype})")

@@ -13,8 +13,8 @@ from hypothesis.strategies import SearchStrategy
 from torch.func import functional_call, grad, jvp, vmap
 
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bitwise, forward_as_it_is, in_one_forward, sites_to_hook
-from conformance.compare import Gap
+from conformance.checks.support import forward_as_it_is, in_one_forward, sites_to_hook
+from conformance.compare import Gap, bitwise
 from conformance.edits import edited
 from conformance.inputs import inputs
 from conformance.observe import arguments, hook_points, logits_of, module_of

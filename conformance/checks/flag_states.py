@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
-from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
@@ -15,7 +14,7 @@ from conformance.checks.flags import RETURNED, gate_edits
 from conformance.checks.forked import edit_behind_flags, edited_gaps, without_edits
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import copied, turn
+from conformance.checks.support import bridge_of, copied, turn
 from conformance.compare import Gap, compare_tensors
 from conformance.forks import Forks
 from conformance.observe import hook_points, observe, sites_of
@@ -27,7 +26,7 @@ from conformance.tolerance import of_log_probabilities
 
 
 def _flags_of(subject: Subject) -> dict[str, bool]:
-    bridge: Any = subject.bridge
+    bridge = bridge_of(subject)
     return {flag: bool(getattr(bridge.cfg, flag)) for flag in FLAGS}
 
 
@@ -45,7 +44,7 @@ def refused(adapter: Adapter, case: Case) -> Iterator[Gap]:
     first, second = sorted(EXCLUSIVE, reverse=bool(case.run.token_seed // 2 % 2))
     turn(subject, [first], True, by_cfg=by_cfg)
     before, had = observe(subject, case, sites={}, backward=False), _flags_of(subject)
-    bridge: Any = subject.bridge
+    bridge = bridge_of(subject)
     try:
         if by_cfg:
             setattr(bridge.cfg, second, True)

@@ -11,8 +11,8 @@ from torch import nn
 
 from conformance.checks.modes import DROPS, checkpoint
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import in_one_forward, labelled, sites_to_hook
-from conformance.compare import Gap, compare_gradients, compare_parameters
+from conformance.checks.support import in_one_forward, sites_to_hook
+from conformance.compare import Gap, compare_gradients, compare_parameters, labelled
 from conformance.observe import module_of, observe
 from conformance.spec import Case
 from conformance.strategies import cases, model_specs

@@ -45,15 +45,19 @@ def norm_edits() -> SearchStrategy[Case]:
     return cases(runs=runs)
 
 
-def wide_cases() -> SearchStrategy[Case]:
-    """Float32 and float64 cases: rounding to fewer bits has no second derivative worth the name.
+def wide_models() -> SearchStrategy[ModelSpec]:
+    """Float32 and float64 models: rounding to fewer bits has no second derivative worth the name.
 
     Of at least eight entries a position: two are normalized to plus and minus 1 whatever they are,
     and of a derivative by a few there is little left but rounding.
     """
     shapes = st.sampled_from(("divided", "stated"))
-    models = model_specs(dtypes=WIDE_DTYPES, head_dims=st.just(8), geometries=shapes)
-    return cases(models=models)
+    return model_specs(dtypes=WIDE_DTYPES, head_dims=st.just(8), geometries=shapes)
+
+
+def wide_cases() -> SearchStrategy[Case]:
+    """Cases of `wide_models`."""
+    return cases(models=wide_models())
 
 
 @check(

@@ -14,14 +14,15 @@ from hypothesis.strategies import SearchStrategy
 from conformance.checks.forward import logits_gap
 from conformance.checks.interventions import edited_runs
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import (
+from conformance.checks.support import forward_as_it_is, in_one_forward, sites_to_hook
+from conformance.compare import (
+    Gap,
     bitwise,
-    forward_as_it_is,
-    in_one_forward,
+    compare_gradients,
+    compare_parameters,
+    compare_values,
     labelled,
-    sites_to_hook,
 )
-from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values
 from conformance.observe import Observation, observe, sites_of
 from conformance.spec import EDITS, Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs, run_specs

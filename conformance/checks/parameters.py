@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import nn
 
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import exact_gaps
+from conformance.checks.support import exact_gaps, quiet
 from conformance.checks.weights import accessor_gaps, read
 from conformance.compare import Gap
 from conformance.observe import observe
@@ -100,7 +98,7 @@ def cast(adapter: Adapter, case: Case) -> Iterator[Gap]:
     subject = bridged(model, adapter, prepared=case.run.prepared)
     bridge: Any = subject.bridge
     # transformer_lens prints what it does.
-    with at_work(way), redirect_stdout(io.StringIO()):
+    with at_work(way), quiet():
         before = bridge
         if seed & 16:
             bridge = copy.deepcopy(bridge)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,15 @@ from conformance.compare import Gap
 from conformance.observe import observe
 from conformance.spec import Case
 from conformance.strategies import clipped_cases
-from conformance.subjects import Subject, at_work, bridged, make_adapter, patched, reference
+from conformance.subjects import (
+    Subject,
+    at_work,
+    bridged,
+    make_adapter,
+    patched,
+    reference,
+    unpatcher,
+)
 
 
 class TroubleError(Exception):
@@ -45,13 +52,6 @@ def _configurations(subject: Subject, case: Case) -> list[tuple[Any, Any]]:
         for handle in handles:
             handle.remove()
     return seen
-
-
-def unpatch(adapter: Adapter) -> Callable[[Any], Any] | None:
-    """The ``unpatch_model`` of the adapter's package, if it has one."""
-    package = sys.modules[adapter.__module__.partition(".")[0]]
-    found: Callable[[Any], Any] | None = getattr(package, "unpatch_model", None)
-    return found
 
 
 def left_over(subject: Subject, case: Case) -> Iterator[Gap]:
@@ -97,7 +97,7 @@ def life(adapter: Adapter, case: Case) -> Iterator[Gap]:
     yield from left_over(subject, case)
     yield from logits_gap(without, observe(subject, case, backward=False))
 
-    undo = unpatch(adapter)
+    undo = unpatcher(adapter)
     if undo is not None:
         with at_work("unpatch_model"):
             undo(subject.model)

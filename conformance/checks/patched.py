@@ -18,14 +18,14 @@ from conformance.checks.forward import logits_gap
 from conformance.checks.frozen import freeze
 from conformance.checks.modes import DROPS, checkpoint, random_gap
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import in_one_forward, labelled, needs_patch
-from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values
+from conformance.checks.support import in_one_forward, needs_patch
+from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values, labelled
 from conformance.inputs import inputs
 from conformance.observe import Observation, arguments, logits_of, module_of, observe
 from conformance.sites import Site, observable
 from conformance.spec import Case
 from conformance.strategies import cases, clip_present, model_specs, run_specs
-from conformance.subjects import Subject, at_work, bridged, patched, reference
+from conformance.subjects import Subject, at_work, bridged, patched, reference, unpatcher
 from conformance.verdict import NotApplicable
 
 MODES = ("autocast", "checkpointing", "frozen", "deepcopy")
@@ -63,7 +63,7 @@ def _everything(expected: Observation, actual: Observation, sites: dict[str, Sit
 def _copied(subject: Subject, adapter: Adapter) -> Subject:
     """A deep copy of a patched model as a subject of its own; the original's patch is undone."""
     model = copy.deepcopy(subject.model)
-    undo = getattr(sys.modules[adapter.__module__.partition(".")[0]], "unpatch_model", None)
+    undo = unpatcher(adapter)
     if undo is not None:
         undo(subject.model)
     return replace(subject, model=model, parameters=dict(model.named_parameters()))

@@ -15,7 +15,7 @@ from hypothesis.strategies import SearchStrategy
 from torch import nn
 
 from conformance.checks.forward import logits_gap
-from conformance.checks.patch import TroubleError, left_over, unpatch
+from conformance.checks.patch import TroubleError, left_over
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import exact_gaps, has_exact, needs_patch
 from conformance.compare import Gap
@@ -23,7 +23,15 @@ from conformance.inputs import inputs
 from conformance.observe import observe
 from conformance.spec import Case
 from conformance.strategies import cases, clipped_cases, model_specs
-from conformance.subjects import Subject, at_work, hf_model, make_adapter, patched, reference
+from conformance.subjects import (
+    Subject,
+    at_work,
+    hf_model,
+    make_adapter,
+    patched,
+    reference,
+    unpatcher,
+)
 
 THREADS = 4
 PATIENCE = 20.0  # seconds that a thread waits for another, before a check is given up
@@ -123,7 +131,7 @@ def modes(adapter: Adapter, case: Case) -> Iterator[Gap]:
 
     for turn, exact in enumerate(drawn):
         yield from again(exact, f"after {drawn[:turn]}")
-    undo = unpatch(adapter)
+    undo = unpatcher(adapter)
     if undo is None:
         return
     for times in ("once", "twice"):
@@ -271,7 +279,7 @@ def duck_typed(adapter: Adapter, case: Case) -> Iterator[Gap]:
                 yield Gap(name, "contract", f"was called with {note!r}, saw the clip {seen}")
         if config.clip_qkv != clip:
             yield Gap("config.clip_qkv", "contract", f"now says {config.clip_qkv}")
-        undo = unpatch(adapter)
+        undo = unpatcher(adapter)
         if undo is not None:
             with at_work("unpatch_model"):
                 undo(model)

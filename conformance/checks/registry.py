@@ -72,8 +72,21 @@ def adapter_name(adapter: Adapter) -> str:
     return f"{adapter.__module__}:{adapter.__qualname__}"
 
 
-def judge(check: Check, adapter: Adapter, case: Case) -> Verdict:
-    """The verdict of one check on one case. A fault of the kit itself is raised, not judged."""
+def judge(
+    check: Check,
+    adapter: Adapter,
+    case: Case,
+    *,
+    found: Callable[[], Iterable[Gap]] | None = None,
+) -> Verdict:
+    """The verdict of one check on one case. A fault of the kit itself is raised, not judged.
+
+    Args:
+        check: What is judged.
+        adapter: Whom.
+        case: On what.
+        found: Finds the gaps, where that is not a call of the check.
+    """
     start = time.perf_counter()
     gaps: tuple[Gap, ...] = ()
     reason = ""
@@ -81,7 +94,7 @@ def judge(check: Check, adapter: Adapter, case: Case) -> Verdict:
         with warnings.catch_warnings():
             # What a subject warns of is judged by the checks that are about it.
             warnings.simplefilter("ignore")
-            gaps = tuple(check.run(adapter, case))
+            gaps = tuple(found() if found is not None else check.run(adapter, case))
         outcome = Outcome.FAILED if gaps else Outcome.PASSED
     except NotApplicable as none:
         outcome, reason = Outcome.NOT_APPLICABLE, str(none)

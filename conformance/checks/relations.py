@@ -48,7 +48,7 @@ def underived(sites: Mapping[str, Site]) -> dict[str, Site]:
 def nudged(
     subject: Subject, case: Case, sites: Mapping[str, Site], *, angles: int = 1
 ) -> tuple[Observation, ...]:
-    """What a float32 or float64 reference shows, four times, when every number is rounded once more.
+    """What a float32 or float64 reference shows, four times, with all numbers rounded once more.
 
     Between it and the plain run lies what rounding can do in this case: little where it cancels,
     much behind a LayerNorm of nearly equal entries. It goes forwards only: a gradient has kinks, at

@@ -1,11 +1,18 @@
-"""What several checks share: what an adapter offers, and whether a clip binds."""
+"""What several checks share: what an adapter offers, whether a clip binds, loading by name."""
 
 from __future__ import annotations
 
 import copy
 import inspect
+import io
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
 from dataclasses import replace
 from typing import Any
 
@@ -22,28 +29,14 @@ from conformance.tolerance import exactly
 from conformance.verdict import NotApplicable
 
 
-def bitwise(
-    name: str, due: torch.Tensor, got: torch.Tensor, *, kind: str = "value"
-) -> Iterator[Gap]:
-    """The gap between two tensors that may not differ at all, if there is one."""
-    gap = compare_tensors(name, due, got, exactly(due.dtype), kind=kind)
-    yield from [gap] if gap else []
-
-
-def labelled(label: str, gaps: Iterable[Gap]) -> Iterator[Gap]:
-    """The same gaps, with what they were found in told first."""
-    for gap in gaps:
-        yield replace(gap, site=f"{label}: {gap.site}")
-
-
 def blaming(subject: Subject, stage: str) -> AbstractContextManager[None]:
     """Blame a subject under test for what is raised in here; the reference's errors are ours."""
     return at_work(stage) if subject.under_test else nullcontext()
 
 
-def in_one_forward(case: Case) -> Case:
-    """The same case with its whole input fed at once."""
-    return replace(case, run=replace(case.run, chunks=1))
+def in_one_forward(case: Case, **changes: Any) -> Case:
+    """The same case with its whole input fed at once, and other changes of its run."""
+    return replace(case, run=replace(case.run, chunks=1, **changes))
 
 
 def sites_to_hook(subject: Subject, case: Case) -> dict[str, Site]:
@@ -100,7 +93,7 @@ def turn(subject: Subject, flags: Iterable[str], on: bool, *, by_cfg: bool = Fal
         on: Whether they are on afterwards.
         by_cfg: Assign them on ``bridge.cfg`` instead of calling ``set_use_*``.
     """
-    bridge: Any = subject.bridge
+    bridge = bridge_of(subject)
     for flag in flags:
         with at_work(f"{'cfg.' if by_cfg else 'set_'}{flag}, {on}"):
             if by_cfg:
@@ -115,9 +108,17 @@ def copied(subject: Subject) -> Subject:
     with at_work("copy.deepcopy"):
         bridge = copy.deepcopy(subject.bridge)
         model: Any = bridge.original_model
-        # The copy keeps the bridge's names: match them by order, which parameters() keeps.
-        renamed = dict(zip(subject.parameters, model.parameters(), strict=True))
+        # The copy keeps the bridge's names and order; a bridge may have parameters of its own.
+        pairs = zip(subject.model.parameters(), model.parameters(), strict=True)
+        twins = {id(old): new for old, new in pairs}
+        renamed = {name: twins[id(old)] for name, old in subject.parameters.items()}
     return replace(subject, bridge=bridge, model=model, parameters=renamed)
+
+
+def bridge_of(subject: Subject) -> Any:
+    """The bridge of a bridged subject."""
+    assert subject.bridge is not None
+    return subject.bridge
 
 
 def exact_gaps(
@@ -135,3 +136,25 @@ def exact_gaps(
     for name in actual:
         if name not in expected:
             yield Gap(name, "extra", "nothing of Hugging Face's")
+
+
+@contextmanager
+def registry() -> Iterator[dict[str, Any]]:
+    """The process's registry of adapters, by architecture; afterwards it is as it was."""
+    # Imported first, this module is circular in transformer_lens 4.0.
+    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+
+    adapters: dict[str, Any] = ArchitectureAdapterFactory._adapters
+    before = dict(adapters)
+    try:
+        yield adapters
+    finally:
+        adapters.clear()
+        adapters.update(before)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep off the screen what transformers and transformer_lens say of their progress."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield

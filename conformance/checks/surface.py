@@ -5,16 +5,14 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 from transformer_lens.model_bridge import TransformerBridge
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
+from conformance.checks.support import registry
 from conformance.compare import Gap
 from conformance.observe import observe
 from conformance.parts import TABLE, accessors
@@ -192,18 +190,6 @@ def _package(adapter: Adapter) -> ModuleType:
     return sys.modules[adapter.__module__.partition(".")[0]]
 
 
-@contextmanager
-def _registry() -> Iterator[dict[str, Any]]:
-    """The process's registry of adapters; afterwards it is as it was."""
-    registry: dict[str, Any] = ArchitectureAdapterFactory._adapters
-    before = dict(registry)
-    try:
-        yield registry
-    finally:
-        registry.clear()
-        registry.update(before)
-
-
 @check(
     "surface.entrances",
     "The package's bridge(hf_model) wraps that very model, exactly, and registers nothing; after "
@@ -217,23 +203,27 @@ def entrances(adapter: Adapter, case: Case) -> Iterator[Gap]:
     if not callable(getattr(package, "bridge", None)) or not hasattr(package, "register"):
         raise NotApplicable(f"{package.__name__} has no bridge() and register() of its own")
     expected = observe(reference(case.model), case, backward=False)
-    with _registry() as registry:
-        before = dict(registry)
+    with registry() as adapters:
+        before = dict(adapters)
         if before[ARCHITECTURE] is adapter:
             yield Gap("import", "contract", "has registered the adapter")
         bridged(case.model, adapter, prepared=case.run.prepared)
         model = hf_model(case.model)
         with at_work("bridge(hf_model)"):
             bridge = package.bridge(model)
-        if registry != before:
+        if adapters != before:
             yield Gap("bridge(hf_model)", "contract", "has registered something")
         with at_work("register()"):
             package.register()
-        changed = {name for name in registry if registry[name] is not before.get(name)}
+        changed = {name for name in adapters if adapters[name] is not before.get(name)}
         if changed != {ARCHITECTURE}:
             yield Gap("register()", "contract", f"has registered {sorted(changed)}")
         other = hf_model(case.model)
         with at_work("building a bridge after register()"):
+            from transformer_lens.model_bridge.sources._bridge_builder import (  # since 3.5
+                build_bridge_from_module,
+            )
+
             booted = build_bridge_from_module(other, ARCHITECTURE, hf_config=other.config)
     for name, its_model, found in (
         ("bridge(hf_model)", model, bridge),

@@ -11,8 +11,10 @@ import click
 from conformance.cli.base import Main
 from conformance.cli.bench import bench
 from conformance.cli.check import check
+from conformance.cli.history import history
 from conformance.cli.mutants import mutants
 from conformance.cli.replay import replay
+from conformance.cli.reproduce import reproduce
 from conformance.cli.soak import soak
 
 
@@ -25,5 +27,5 @@ def main() -> None:
     """
 
 
-for command in (check, replay, mutants, soak, bench):
+for command in (check, replay, reproduce, mutants, soak, bench, history):
     main.add_command(command)

@@ -75,7 +75,11 @@ def closing(verdicts: Sequence[Verdict], total: int) -> str:
     cases = sum(verdict.examples for verdict in verdicts)
     seconds = sum(verdict.seconds for verdict in verdicts)
     told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
-    answer = "does not conform" if any(verdict.bad for verdict in verdicts) else "conforms"
+    answer = "conforms"
+    if any(verdict.bad for verdict in verdicts):
+        answer = "does not conform"
+    elif any(verdict.known for verdict in verdicts):
+        answer = "conforms but for what is known"
     if len(verdicts) < total:
         answer = f"incomplete, {len(verdicts)} of {total} checks"
     return f"{answer}: {told or 'nothing judged'}; {cases} cases in {seconds:.0f} s"

@@ -57,6 +57,11 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", type=click.IntRange(min=0), help="Draw other cases: those of this seed.")
 @click.option(
+    "--ledger/--no-ledger",
+    default=True,
+    help="Whether what the ledger of known defects explains counts as known, or as failed.",
+)
+@click.option(
     "--json",
     "json_file",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
@@ -80,6 +85,7 @@ def check(
     examples: int | None,
     dtypes: str,
     seed: int | None,
+    ledger: bool,
     json_file: Path | None,
     failures: Path,
     model: str | None,
@@ -134,6 +140,7 @@ def check(
                 checks=checks,
                 on=on,
                 seed=seed,
+                ledger=ledger,
                 starting=progress.starting,
                 each=progress.advance,
             ):
@@ -154,6 +161,7 @@ def check(
                 "versions": versions(),
                 "profile": dataclasses.asdict(on),
                 "seed": seed,
+                "ledger": ledger,
                 "dtypes": picked.split(","),
                 "complete": len(verdicts) == total,
                 "conforms": len(verdicts) == total and not any(v.bad for v in verdicts),
@@ -165,6 +173,8 @@ def check(
 
 def _first(verdict: Verdict) -> str:
     """Where a subject and the reference part, or why there is no saying: short, for the table."""
+    if verdict.outcome.value == "known":
+        return verdict.known_as
     if verdict.gaps:
         return f"{verdict.gaps[0].site}: {verdict.gaps[0].kind}"
     return textwrap.shorten(verdict.reason, 70, placeholder=" ...")
@@ -177,7 +187,7 @@ def _print_table(verdicts: Sequence[Verdict]) -> None:
     table.add_column("outcome", no_wrap=True)
     table.add_column("cases", justify="right", no_wrap=True)
     table.add_column("seconds", justify="right", no_wrap=True)
-    colours = {"passed": "green", "failed": "red", "errored": "red"}
+    colours = {"passed": "green", "known": "yellow", "failed": "red", "errored": "red"}
     for verdict in verdicts:
         # Text is taken verbatim: a gap may hold square brackets, which rich would read as markup.
         told: list[RenderableType] = [Text(verdict.check)]
@@ -192,6 +202,7 @@ def _plain(verdict: Verdict) -> dict[str, Any]:
     """A verdict as JSON has it, which knows no infinity."""
     plain = dataclasses.asdict(verdict)
     plain["outcome"] = verdict.outcome.value
+    plain["known"] = dict(verdict.known)
     for gap in plain["gaps"]:
         if gap["greatest"] is not None and not math.isfinite(gap["greatest"]):
             gap["greatest"] = str(gap["greatest"])

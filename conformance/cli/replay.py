@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import click
 
 from conformance.cli.base import BadInput, closing, exit_code, get_ready
-from conformance.spec import SpecError, load
+from conformance.locate import find
+from conformance.spec import SpecError
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file")
 @click.option("--adapter", metavar="MODULE:CLASS", help="Whom to judge, instead of the recorded.")
 @click.option("--all", "every", is_flag=True, help="Judge the case under every check.")
 @click.pass_context
-def replay(ctx: click.Context, file: Path, adapter: str | None, every: bool) -> None:
-    """Run the case recorded in FILE again and print every gap, in the order of execution."""
-    record = load(file)
+def replay(ctx: click.Context, file: str, adapter: str | None, every: bool) -> None:
+    """Run the case recorded in FILE again and print every gap, in the order of execution.
+
+    FILE may also be history.json#RELEASE/CHECK, or known_defects.toml#DEFECT.
+    """
+    record = find(file).record
     get_ready()
     from conformance.checks import judge
     from conformance.run import load_adapter, select_checks, versions

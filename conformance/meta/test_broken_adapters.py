@@ -50,7 +50,10 @@ def reason_of(check: Check, broken: Any) -> str:
 @pytest.mark.parametrize("check", REGISTRY.values(), ids=str)
 def test_a_broken_constructor_is_errored_by_every_check(check: Check) -> None:
     said = reason_of(check, BrokenConstructorAdapter)
-    assert not said or said == "constructing the adapter: ZeroDivisionError: a bad constructor"
+    # Where a directory is loaded by name, transformer_lens itself makes the adapter.
+    by_name = check.name.startswith("loading.")
+    where = "boot_transformers of .*" if by_name else "constructing the adapter"
+    assert not said or re.fullmatch(f"{where}: ZeroDivisionError: a bad constructor", said)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,9 @@ from conformance import cli, profiles, run
 from conformance.checks import REGISTRY, Check
 from conformance.checks.registry import Adapter
 from conformance.compare import Gap
+from conformance.data import FIXTURES
+from conformance.history import table
+from conformance.history.table import Column, History
 from conformance.meta.test_run import CASE, Broken, only
 from conformance.spec import FORMAT_VERSION, Record, load
 from conformance.verdict import Outcome, Verdict
@@ -192,6 +195,34 @@ def test_the_report_as_json(invoke: Invoke, scripted: list[object], tmp_path: Pa
         ("blocks.10.attn.hook_attn_scores", "inf"),
         ("logits", 0.5),
     ]
+
+
+def test_what_is_known_conforms_and_is_named(invoke: Invoke, scripted: list[object]) -> None:
+    known = Verdict(
+        "forward.loss", OURS, Outcome.KNOWN, CASE, GAPS, known=(("one-defect", 3), ("other", 1))
+    )
+    scripted += [PASSED, known, PASSED, PASSED, PASSED]
+    result = invoke("check", "forward", "--json", "report.json", env={"COLUMNS": "80"})
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    (row,) = [at for at, line in enumerate(lines) if line.startswith(" forward.loss ")]
+    assert lines[row].split()[1] == "known"
+    assert lines[row + 1].strip() == "one-defect in 3, other in 1"
+    assert lines[-1].startswith("conforms but for what is known: 1 known, 4 passed; ")
+    report = json.loads(Path("report.json").read_text(encoding="utf-8"))
+    assert (report["ledger"], report["conforms"]) == (True, True)
+    assert report["verdicts"][1]["known"] == {"one-defect": 3, "other": 1}
+    assert not Path("conformance-failures").exists()
+
+
+def test_the_ledger_may_be_left_out(invoke: Invoke) -> None:
+    arguments = ("check", "copies.pickle", "--adapter", "upstream", *FEW)
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    assert "unpicklable in " in result.stdout
+    result = invoke(*arguments, "--no-ledger")
+    assert result.exit_code == 1
+    assert "does not conform: 1 failed" in result.stdout
 
 
 def test_the_choices_reach_the_engine(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,6 +444,29 @@ def test_a_bad_file_is_one_clear_line(invoke: Invoke, tmp_path: Path) -> None:
     assert "must be a readable case file" in one_clear_line(invoke("replay", tmp_path))
 
 
+def test_a_case_may_stand_in_the_ledger_or_in_a_history(invoke: Invoke) -> None:
+    result = invoke("replay", f"{FIXTURES}/known_defects.toml#unpicklable")
+    assert result.exit_code == 1
+    assert "\n  pickle: contract: AttributeError" in result.stdout
+    told = one_clear_line(invoke("replay", f"{FIXTURES}/known_defects.toml#nothing"))
+    assert told.startswith("defect='nothing': must be one of ['float32-after-rope'")
+    told = one_clear_line(
+        invoke("replay", f"{FIXTURES}/known_defects.toml#unpicklable/hooks.values")
+    )
+    assert told == "check='hooks.values': must be one of ['copies.pickle']"
+    told = one_clear_line(invoke("replay", "missing.toml#unpicklable"))
+    assert told.startswith("file='missing.toml': must be a ledger or a history")
+    cell = Column({}, checks={"copies.pickle": {"case": {}, "told": "it", "known": {}}})
+    text = table.dumps(History(1, {"1.0": cell}, {}))
+    Path("history.json").write_text(text, encoding="utf-8")
+    assert invoke("replay", "history.json#1.0/copies.pickle").exit_code == 1
+    told = one_clear_line(invoke("replay", "history.json#1.0/hooks.values"))
+    assert told.startswith("cell='1.0/hooks.values': must be one of ['1.0']")
+    Path("history.json").write_text("{}", encoding="utf-8")
+    told = one_clear_line(invoke("replay", "history.json#1.0/hooks.values"))
+    assert told.startswith("history.json='{}': must be a history as JSON")
+
+
 # --- around
 
 
@@ -421,6 +475,6 @@ def test_help_says_what_there_is(invoke: Invoke) -> None:
     assert result.exit_code == 0
     assert "Exit codes: 0 conforms, 1 does not" in result.stdout
     result = invoke("check", "--help")
-    for option in ("--adapter", "--profile", "--examples", "--dtypes", "--seed", "--json"):
+    for option in ("--adapter", "--profile", "--examples", "--dtypes", "--seed", "--no-ledger"):
         assert option in result.stdout
     assert "--all" in invoke("replay", "--help").stdout

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from subprocess import run
 
 import pytest
@@ -20,12 +22,54 @@ HEAVY = ("torch", "transformers", "transformer_lens", "hypothesis")
         ("conformance.plugin", (*HEAVY, "click", "rich", "adapter")),
         ("conformance.cli", (*HEAVY, "pytest", "adapter")),
         ("conformance.spec", (*HEAVY, "pytest")),
+        ("conformance.locate", (*HEAVY, "pytest")),
     ],
 )
 def test_importing_is_light(module: str, heavy: tuple[str, ...]) -> None:
     code = f"import {module}, sys; print([name for name in {heavy} if name in sys.modules])"
     done = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# What the kit takes from transformer_lens, all of which is there since 3.0.0. Anything newer is for
+# the check that needs it to import, inside `at_work`.
+SINCE_3_0 = {
+    ("transformer_lens", "FactoredMatrix"),
+    ("transformer_lens.config", "TransformerBridgeConfig"),
+    ("transformer_lens.factories.architecture_adapter_factory", "ArchitectureAdapterFactory"),
+    ("transformer_lens.hook_points", "HookPoint"),
+    ("transformer_lens.model_bridge", "TransformerBridge"),
+    ("transformer_lens.model_bridge.architecture_adapter", "ArchitectureAdapter"),
+    ("transformer_lens.model_bridge.generalized_components", "AttentionBridge"),
+    ("transformer_lens.model_bridge.generalized_components", "BlockBridge"),
+    ("transformer_lens.model_bridge.generalized_components", "EmbeddingBridge"),
+    ("transformer_lens.model_bridge.generalized_components", "LinearBridge"),
+    ("transformer_lens.model_bridge.generalized_components", "MLPBridge"),
+    ("transformer_lens.model_bridge.generalized_components", "NormalizationBridge"),
+    ("transformer_lens.model_bridge.generalized_components", "RotaryEmbeddingBridge"),
+    ("transformer_lens.model_bridge.generalized_components", "UnembeddingBridge"),
+    ("transformer_lens.model_bridge.generalized_components.base", "GeneralizedComponent"),
+    ("transformer_lens.utilities.slice", "Slice"),
+}
+
+
+def test_the_kit_imports_in_every_release_since_3_0() -> None:
+    package = Path(conformance.__file__).parent
+    ours = [path for path in package.rglob("*.py") if path.parent.name not in ("meta", "mutants")]
+    taken = {
+        (str(node.module), name.name)
+        for path in ours
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("transformer_lens")
+        for name in node.names
+    }
+    assert taken <= SINCE_3_0
+    assert not [
+        path
+        for path in ours
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "adapter"
+    ], "an adapter that is not judged is not imported: older releases lack what ours needs"
 
 
 def test_every_export_is_what_its_home_defines() -> None:

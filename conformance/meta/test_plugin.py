@@ -19,7 +19,12 @@ from conformance.suite.properties import judged
 pytest_plugins = ["pytester"]
 
 BROKEN = f"{Broken.__module__}:{Broken.__name__}"
-VARIABLES = (profiles.ADAPTER_VARIABLE, profiles.PROFILE_VARIABLE, profiles.DTYPES_VARIABLE)
+VARIABLES = (
+    profiles.ADAPTER_VARIABLE,
+    profiles.PROFILE_VARIABLE,
+    profiles.DTYPES_VARIABLE,
+    profiles.LEDGER_VARIABLE,
+)
 
 # A property as the suite has it, of one case only: two layers, three tokens.
 PROPERTY = """
@@ -141,6 +146,38 @@ def test_a_property_that_says_nothing_of_an_adapter_is_skipped_with_the_reason(
     result.assert_outcomes(passed=1, skipped=1)
     result.stdout.fnmatch_lines(["SKIPPED*the adapter declares no post-clip hooks"])
     assert not (pytester.path / "conformance-failures").exists()
+
+
+KNOWN = """
+from conformance.meta.test_run import only
+from conformance.suite.properties import as_test
+
+test_pickle = as_test(only("copies.pickle"))
+"""
+
+
+def test_a_property_that_fails_as_is_known_is_an_expected_failure(
+    pytester: pytest.Pytester, runs: Run
+) -> None:
+    pytester.makepyfile(test_property=KNOWN)
+    result = runs("--adapter", "upstream", "-rx")
+    result.assert_outcomes(xfailed=1)
+    result.stdout.fnmatch_lines(["XFAIL*unpicklable in 2*"])
+    assert not (pytester.path / "conformance-failures").exists()
+    result = runs("--adapter", "upstream", "--no-ledger", "test_property.py")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*pickle: contract: AttributeError*"])
+
+
+def test_a_known_defect_that_does_not_show_is_a_failure(
+    pytester: pytest.Pytester, runs: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytester.makepyfile(test_property=KNOWN)
+    # As if this project's adapter were upstream's, of which more is known than it shows.
+    monkeypatch.setattr("conformance.run.UPSTREAM", "adapter.olmo:OlmoArchitectureAdapter")
+    result = runs()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*known defect *: missing: *fixed upstream? update the ledger*"])
 
 
 WORKER = """

@@ -21,6 +21,7 @@ from conformance.spec import (
     Record,
     RunSpec,
     SpecError,
+    Step,
     load,
     loads,
 )
@@ -40,6 +41,11 @@ RECORD = Record(
             chunks=2,
             edits=(Edit(site="blocks.0.hook_in", kind="noise", seed=3),),
             flags=("use_attn_result", "use_attn_in"),
+            steps=(
+                Step(kind="flag", flag="use_attn_in"),
+                Step(kind="add_hook", site="blocks.0.attn.hook_out", edit="zero", seed=7),
+                Step(kind="cast", dtype="float64"),
+            ),
         ),
         tokens=((0, 1, 16), (2, 2, 2)),
     ),
@@ -90,6 +96,8 @@ MODEL: list[tuple[dict[str, object], str, str]] = [
     ({"weight_seed": MAX_SEED + 1}, "weight_seed", f"an integer in 0..{MAX_SEED}"),
     ({"weight_scale": 0.0}, "weight_scale", "a finite number above 0"),
     ({"weight_scale": NAN}, "weight_scale", "a finite number above 0"),
+    ({"weights": "learned"}, "weights", "one of ('drawn', 'trained')"),
+    ({"weights": None}, "weights", "one of ('drawn', 'trained')"),
 ]
 
 RUN: list[tuple[dict[str, object], str, str]] = [
@@ -112,6 +120,8 @@ RUN: list[tuple[dict[str, object], str, str]] = [
         "flags",
         "without one of ['use_attn_in', 'use_split_qkv_input']",
     ),
+    ({"steps": ("forward",)}, "steps", "a list of steps"),
+    ({"steps": Step(kind="forward")}, "steps", "a list of steps"),
 ]
 
 EDIT: list[tuple[dict[str, object], str, str]] = [
@@ -119,6 +129,21 @@ EDIT: list[tuple[dict[str, object], str, str]] = [
     ({"site": 3}, "site", "a canonical hook name"),
     ({"site": "embed.hook_in", "kind": "square"}, "kind", "one of ('identity', 'zero'"),
     ({"site": "embed.hook_in", "seed": -1}, "seed", f"an integer in 0..{MAX_SEED}"),
+]
+
+STEP: list[tuple[dict[str, object], str, str]] = [
+    ({"kind": "jump"}, "kind", "one of ('forward', 'backward'"),
+    ({"kind": "forward", "seed": -1}, "seed", f"an integer in 0..{MAX_SEED}"),
+    ({"kind": "forward", "site": "embed.hook_in"}, "site", "empty: forward has no site"),
+    ({"kind": "add_hook"}, "site", "a canonical hook name"),
+    ({"kind": "add_hook", "site": 3}, "site", "a canonical hook name"),
+    ({"kind": "add_hook", "site": "embed.hook_in", "edit": "no"}, "edit", "one of ('identity'"),
+    ({"kind": "flag"}, "flag", "one of ('use_attn_result', 'use_split_qkv_input'"),
+    ({"kind": "flag", "flag": "use_magic"}, "flag", "one of ('use_attn_result'"),
+    ({"kind": "train", "flag": "use_attn_in"}, "flag", "empty: train has no flag"),
+    ({"kind": "cast"}, "dtype", "one of ('float32', 'float64'"),
+    ({"kind": "cast", "dtype": "int8"}, "dtype", "one of ('float32', 'float64'"),
+    ({"kind": "load", "dtype": "float64"}, "dtype", "empty: load has no dtype"),
 ]
 
 CASE: list[tuple[dict[str, object], str, str]] = [
@@ -137,6 +162,7 @@ KINDS: list[tuple[type, list[tuple[dict[str, object], str, str]]]] = [
     (ModelSpec, MODEL),
     (RunSpec, RUN),
     (Edit, EDIT),
+    (Step, STEP),
     (Case, CASE),
 ]
 BAD = [(kind, *bad) for kind, table in KINDS for bad in table]
@@ -177,6 +203,7 @@ def test_bad_value(
         lambda: ModelSpec(rope_type="dynamic", head_dim=4),
         lambda: ModelSpec(attention_dropout=0),
         lambda: ModelSpec(weight_seed=MAX_SEED),
+        lambda: ModelSpec(weights="trained"),
         lambda: RunSpec(chunks=2, use_cache=True),
         lambda: RunSpec(flags=("use_attn_result", "use_attn_in", "use_hook_mlp_in")),
         lambda: Case(run=RunSpec(seq_len=32)),
@@ -224,6 +251,11 @@ class TestRecord:
     def test_round_trip(self) -> None:
         assert loads(RECORD.dumps()) == RECORD
         assert loads(RECORD.dumps()).dumps() == RECORD.dumps()
+
+    def test_trained_weights_are_kept(self) -> None:
+        model = dataclasses.replace(RECORD.case.model, weights="trained")
+        record = dataclasses.replace(RECORD, case=dataclasses.replace(RECORD.case, model=model))
+        assert loads(record.dumps()) == record
 
     def test_defaults_may_be_left_out(self) -> None:
         text = '{"format_version": 1, "case": {"run": {"batch": 2}}, "check": "c", "adapter": "a"}'
@@ -290,6 +322,12 @@ class TestRecord:
             loads(text)
         one_line(caught.value, "record.case.run.edits[0].new", "known fields: ['site', 'kind'")
 
+    def test_unknown_field_of_a_step(self) -> None:
+        text = RECORD.dumps().replace('"kind": "cast"', '"kind": "cast", "new": 5')
+        with pytest.raises(SpecError) as caught:
+            loads(text)
+        one_line(caught.value, "record.case.run.steps[2].new", "known fields: ['kind', 'site'")
+
     @pytest.mark.parametrize(
         ("old", "new", "field", "allowed"),
         [
@@ -298,6 +336,7 @@ class TestRecord:
             ('"weight_scale": 0.3', '"weight_scale": 1e999', "weight_scale", "a finite number"),
             ('"chunks": 2', '"chunks": 4', "chunks", "an integer in 1..3"),
             ('"kind": "noise"', '"kind": "nose"', "kind", "one of"),
+            ('"kind": "cast"', '"kind": "vast"', "kind", "one of"),
             ('"check": "forward.logits"', '"check": 3', "check", "a string"),
             ('"note": "seen once"', '"note": null', "note", "a string"),
             ('"site": "blocks.0.hook_in",', "", "record.case.run.edits[0]", "a complete Edit ("),
@@ -317,6 +356,8 @@ class TestRecord:
             ({"case": {"run": 1}}, "record.case.run", "an object"),
             ({"case": {"run": {"edits": {}}}}, "record.case.run.edits", "a list"),
             ({"case": {"run": {"edits": [1]}}}, "record.case.run.edits[0]", "an object"),
+            ({"case": {"run": {"steps": {}}}}, "record.case.run.steps", "a list"),
+            ({"case": {"run": {"steps": [1]}}}, "record.case.run.steps[0]", "an object"),
         ],
     )
     def test_wrong_shape(self, change: dict[str, object], field: str, allowed: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 
 import pytest
 
@@ -26,6 +27,7 @@ def verdict(*gaps: Gap, outcome: Outcome = Outcome.FAILED, reason: str = "") -> 
     ("outcome", "word", "bad"),
     [
         (Outcome.PASSED, "passed", False),
+        (Outcome.KNOWN, "known", False),
         (Outcome.FAILED, "failed", True),
         (Outcome.ERRORED, "errored", True),
         (Outcome.NOT_APPLICABLE, "not applicable", False),
@@ -34,9 +36,8 @@ def verdict(*gaps: Gap, outcome: Outcome = Outcome.FAILED, reason: str = "") -> 
 def test_outcomes(outcome: Outcome, word: str, bad: bool) -> None:
     assert outcome.value == word
     assert verdict(outcome=outcome).bad is bad
-    assert set(Outcome) == {Outcome(word) for word in ("passed", "failed", "errored")} | {
-        Outcome.NOT_APPLICABLE
-    }
+    words = {"passed", "known", "failed", "errored", "not applicable"}
+    assert {each.value for each in Outcome} == words
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,11 @@ def test_the_record_is_read_again_as_it_was() -> None:
     assert again.note == f"{FIRST}; 1 later site differs"
     assert again.versions == {"torch": "2.13.0"}
     assert verdict(FIRST).record().versions == {}
+
+
+def test_known_defects_are_told_with_their_counts() -> None:
+    assert replace(verdict(FIRST), known=(("one", 3), ("two", 1))).known_as == "one in 3, two in 1"
+    assert verdict(FIRST).known_as == ""
 
 
 def test_a_verdict_on_no_case_cannot_be_recorded() -> None:

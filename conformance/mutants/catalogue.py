@@ -56,6 +56,7 @@ CRASHES = {
     "attention.upstream",
     "cache.expected",
     "clamp.in_place",
+    "machine.not_pickled_again",
     "patch.no_clone",
     "recompute.forgotten",  # PyTorch notices where an edit has saved another number of tensors
     "state.biases_required",

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 
-from conformance.checks import Check, require
+from conformance.checks import Check
 from conformance.checks.registry import Adapter
-from conformance.data import regressions
-from conformance.run import property_settings, selected_adapter
+from conformance.profiles import uses_ledger
+from conformance.run import known_of, property_settings, selected_adapter
 from conformance.spec import Case
+from conformance.trial import Trial
 from conformance.verdict import Outcome
 
 
@@ -22,17 +23,37 @@ def judged() -> Adapter:
     return selected_adapter()
 
 
+def trial_of(check: Check) -> Trial:
+    """A trial of the adapter under test, with what the ledger knows of it, unless turned off."""
+    known = known_of(check, judged()) if uses_ledger() else None
+    return Trial(check, judged(), known)
+
+
 def as_test(check: Check) -> Callable[[], None]:
-    """A Hypothesis test of one check: recorded cases first, then drawn ones."""
+    """A Hypothesis test of one check: recorded cases first, then drawn ones.
+
+    It fails on what is news, is an expected failure where all that failed is known, and fails if
+    something known has not shown.
+    """
+    trial = cache(lambda: trial_of(check))
 
     def test(case: Case) -> None:
-        verdict = require(check, judged(), case)
+        verdict = trial().judge(case)
         if verdict.outcome is Outcome.NOT_APPLICABLE:
             pytest.skip(verdict.reason)
 
     test.__name__ = test.__qualname__ = f"test_{check.name.replace('.', '_')}"
     test.__doc__ = check.promise
-    wrapped: Callable[[], None] = given(case=check.cases())(test)
-    for record in regressions(check.name):
-        wrapped = example(case=record.case)(wrapped)
-    return property_settings(check)(wrapped)
+    drawn: Callable[[], None] = property_settings(check)(given(case=check.cases())(test))
+
+    @wraps(drawn)
+    def whole() -> None:
+        trial.cache_clear()
+        for case in trial().firsts:
+            test(case)
+        drawn()
+        verdict = trial().verdict()
+        if verdict.outcome is Outcome.KNOWN:
+            pytest.xfail(verdict.known_as)
+
+    return whole

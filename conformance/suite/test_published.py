@@ -1,9 +1,10 @@
 import pytest
 
-from conformance.checks import gradients, require
+from conformance.checks import gradients
 from conformance.data import published
 from conformance.spec import Case, ModelSpec, RunSpec
-from conformance.suite.properties import judged
+from conformance.suite.properties import trial_of
+from conformance.verdict import Outcome
 
 
 def test_published_configurations(subtests: pytest.Subtests) -> None:
@@ -14,7 +15,9 @@ def test_published_configurations(subtests: pytest.Subtests) -> None:
     run = RunSpec(batch=1, seq_len=5, token_seed=1)
     for spec, names in named.items():  # 7B and 7B Twin-2T have one architecture
         with subtests.test(", ".join(names)):
-            require(gradients.everywhere, judged(), Case(model=spec, run=run))
+            verdict = trial_of(gradients.everywhere).judge(Case(model=spec, run=run))
+            if verdict.outcome is Outcome.KNOWN:
+                pytest.xfail(verdict.known_as)
 
 
 def test_the_published_clip_is_among_them() -> None:

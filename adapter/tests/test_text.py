@@ -1,0 +1,85 @@
+"""Texts become the tokenizer's tokens, and pads never count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import pre_tokenizers
+from transformers import GPTNeoXTokenizer
+
+import adapter
+from adapter.tests import models
+from adapter.tests.models import same
+
+END = "<|endoftext|>"
+TEXTS = ["ab", " abc", "b"]
+BYTES = [END, "<|padding|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+A, B, C, BLANK = (BYTES.index(letter) for letter in ("a", "b", "c", "Ġ"))
+
+
+def tokenizer(**setup: Any) -> Any:
+    vocabulary = {token: number for number, token in enumerate(BYTES)}
+    names: dict[str, Any] = {"bos_token": None, "unk_token": None, "eos_token": END}
+    return GPTNeoXTokenizer(vocab=vocabulary, merges=[], **names | setup)
+
+
+def bridged(**setup: Any) -> Any:
+    room: dict[str, Any] = {"max_position_embeddings": 6, "vocab_size": len(BYTES)}
+    return adapter.bridge(models.olmo(**room), tokenizer(**setup))
+
+
+@pytest.mark.parametrize("setup", [{}, {"add_eos_token": True}], ids=["plain", "appends"])
+def test_tokens(setup: Any) -> None:
+    bridge = bridged(**setup)
+    right = [[0, A, B, 1, 1], [0, BLANK, A, B, C], [0, B, 1, 1, 1]]
+    assert bridge.to_tokens(TEXTS).tolist() == right
+    left = [[1, 1, A, B], [BLANK, A, B, C], [1, 1, 1, B]]
+    assert bridge.to_tokens(TEXTS, prepend_bos=False, padding_side="left").tolist() == left
+    assert bridge.to_tokens(f"a{END}", prepend_bos=False).tolist() == [[A, 0]]
+    assert bridge.to_tokens("abc" * 3).tolist() == [[0, A, B, C, A, B]]
+    assert bridge.to_tokens("abc" * 3, truncate=False).shape == (1, 10)
+    empty = bridge.to_tokens("", prepend_bos=False)
+    assert (empty.shape, empty.dtype) == ((1, 0), torch.long)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pads_count_nowhere(side: str) -> None:
+    bridge = bridged()
+    together = bridge(TEXTS, return_type="loss", loss_per_token=True, padding_side=side)
+    alone = [bridge(text, return_type="loss", loss_per_token=True)[0] for text in TEXTS]
+    mean = bridge(TEXTS, return_type="loss", padding_side=side)
+    assert torch.allclose(mean, torch.cat(alone).mean())
+    for row, due in zip(together, alone, strict=True):
+        got = row[-len(due) :] if side == "left" else row[: len(due)]
+        assert torch.allclose(got, due)
+
+
+def test_texts_of_one_length_get_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge, twin = bridged(), bridged()
+    plain, given = bridge._driver.forward, []
+
+    def forward(**named: Any) -> Any:
+        given.append(named)
+        return plain(**named)
+
+    monkeypatch.setattr(bridge._driver, "forward", forward)
+    assert same(bridge(["ab", "bc"]), twin(twin.to_tokens(["ab", "bc"])))
+    assert "attention_mask" not in given[0]
+
+
+def test_a_given_mask_is_kept() -> None:
+    bridge = bridged()
+    mask = torch.tensor([[1, 0, 1], [1, 1, 1]])
+    tokens = bridge.to_tokens(["ab", "bc"])
+    expected = bridge(tokens, attention_mask=mask)
+    assert same(bridge(["ab", "bc"], attention_mask=mask), expected)
+    assert not same(bridge(["ab", "bc"]), expected)
+
+
+def test_without_a_tokenizer_text_is_refused() -> None:
+    bridge = adapter.bridge(models.olmo())
+    for text in ("a", ["a", "ab"]):
+        with pytest.raises(ValueError, match="no tokenizer"):
+            bridge(text)

@@ -1,0 +1,90 @@
+"""Text in: the tokens, the mask and the loss of strings are the tokenizer's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+
+class OlmoTextBridge(TransformerBridge):
+    """A TransformerBridge whose texts are tokenized one by one, and whose pads never count.
+
+    TransformerLens lets the tokenizer add its special tokens and takes them off the padded whole
+    again. So an END that the tokenizer appends stays in all rows but the longest, one that the text
+    itself ends with is lost, and truncation makes room for what is then taken off. Padding on the
+    right gets no mask, and counts in the loss.
+    """
+
+    def to_tokens(
+        self,
+        input: str | list[str],
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
+    ) -> torch.Tensor:
+        """Convert texts to tokens ``[batch, pos]``; see `TransformerBridge.to_tokens`."""
+        tokens, _ = self._encode(input, prepend_bos, padding_side, truncate=truncate)
+        return tokens.to(self.cfg.device) if move_to_device else tokens
+
+    def forward(
+        self,
+        input: Any,
+        return_type: str | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        padding_side: str | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *rest: Any,
+        **named: Any,
+    ) -> Any:
+        """Run the model, on texts too; see `TransformerBridge.forward`."""
+        if isinstance(input, list) and len(input) > 1 and attention_mask is None:
+            tokens, mask = self._encode(input, prepend_bos, padding_side, truncate=True)
+            input = tokens.to(self.cfg.device)
+            # Where nothing is padded there is nothing to mask.
+            attention_mask = None if bool(mask.all()) else mask.to(self.cfg.device)
+        return super().forward(
+            input,
+            return_type,
+            loss_per_token,
+            prepend_bos,
+            padding_side,
+            attention_mask,
+            *rest,
+            **named,
+        )
+
+    def _encode(
+        self,
+        texts: str | list[str],
+        prepend_bos: bool | None,
+        padding_side: str | None,
+        *,
+        truncate: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens and mask ``[batch, pos]`` of texts."""
+        tokenizer: Any = self.tokenizer
+        if tokenizer is None:
+            raise ValueError("this bridge has no tokenizer: give it one, or tokens instead of text")
+        if prepend_bos is None:
+            prepend_bos = self.cfg.default_prepend_bos
+        first = (
+            [tokenizer.bos_token_id] if prepend_bos and tokenizer.bos_token_id is not None else []
+        )
+        most = self.cfg.n_ctx if truncate else None
+        texts = [texts] if isinstance(texts, str) else texts
+        rows = [
+            torch.tensor((first + row)[:most], dtype=torch.long)
+            for row in tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ]
+        longest = max(len(row) for row in rows)
+        tokens = torch.full((len(rows), longest), tokenizer.pad_token_id or 0)
+        mask = torch.zeros_like(tokens)
+        left = (padding_side or tokenizer.padding_side) == "left"
+        for index, row in enumerate(rows):
+            place = slice(longest - len(row), None) if left else slice(len(row))
+            tokens[index, place], mask[index, place] = row, 1
+        return tokens, mask

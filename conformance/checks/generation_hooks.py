@@ -1,0 +1,208 @@
+"""Hooks at every step of a generation, and what a generation leaves behind: nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+from transformer_lens.hook_points import HookPoint
+from transformers import Cache
+
+from conformance.checks.chunks import hooks_at, tapping
+from conformance.checks.generation import (
+    bridge_options,
+    by_bridge,
+    by_hugging_face,
+    differing_texts,
+    generating,
+    generating_runs,
+    steps_of,
+)
+from conformance.checks.interventions import edited_runs
+from conformance.checks.registry import Adapter, check
+from conformance.checks.support import bridge_of
+from conformance.compare import Gap, bitwise, compare_values
+from conformance.inputs import inputs
+from conformance.observe import Observation, Recorder, hook_points, sites_of
+from conformance.spec import Case, ModelSpec, RunSpec
+from conformance.strategies import cases, model_specs
+from conformance.subjects import Subject, at_work
+
+FIRST = "embed.hook_in"  # of every forward
+_NOTHING = torch.empty(0)
+
+
+class StepRecorder(Recorder):
+    """A recorder to which every forward is a chunk of its own."""
+
+    def begin(self, case: Case) -> None:
+        """Forget the last run; the next forward is the first."""
+        super().begin(case)
+        self.chunk, self.rows = -1, case.run.batch
+
+    def edit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """As a recorder does, of the rotation row by row."""
+        return super().edit(name, self._by_row(name, tensor)) if name in self.edits else tensor
+
+    def value(self, name: str, tensor: torch.Tensor) -> None:
+        """Keep a site's tensor as one of this step's."""
+        self.chunk += name == FIRST
+        super().value(name, self._by_row(name, tensor))
+
+    def _by_row(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """One row of cosines or positions may stand for all rows, where they have the same."""
+        one_for_all = name.endswith(("hook_cos", "hook_sin")) and tensor.shape[0] == 1
+        return tensor.expand(self.rows, *tensor.shape[1:]) if one_for_all else tensor
+
+
+def edited_generations() -> SearchStrategy[Case]:
+    """Generations under one or two edits."""
+
+    def runs(model: ModelSpec) -> SearchStrategy[RunSpec]:
+        return generating_runs(model, edits=edited_runs(model).map(lambda run: run.edits))
+
+    return cases(runs=runs)
+
+
+@check(
+    "generation.hooks",
+    "During a generation every hook fires once at each step, and sees what Hugging Face's model "
+    "computes there at that step; an edit changes all steps' logits and tokens as it does there.",
+    edited_generations,
+    examples=0.35,
+)
+def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Hugging Face's own generate, tapped and edited from outside, beside the bridge's."""
+    data = inputs(case)
+    subject = generating(case, adapter)
+    sites = sites_of(subject, case)
+    theirs, ours = StepRecorder(), StepRecorder()
+    ours.begin(case)
+    expected = by_hugging_face(case, data, lambda truth: tapping(truth, case, sites, theirs))
+    bridge = bridge_of(subject)
+    with bridge.hooks(fwd_hooks=hooks_at(sites, ours)):
+        actual = by_bridge(subject, case, data)
+    yield from compare_values(
+        Observation(_NOTHING, theirs.values),
+        Observation(_NOTHING, ours.values, fired=tuple(ours.fired)),
+        sites,
+    )
+    yield from differing_texts(expected, actual)
+
+
+class _TroubleError(Exception):
+    """What a hook of a user raises in the middle of a generation."""
+
+
+def _state(subject: Subject, *, drawn: bool) -> dict[str, Any]:
+    """What a generation must leave as it was, by what it is called."""
+    bridge = bridge_of(subject)
+    modules = dict(bridge.named_modules())
+    hooks = {
+        name: [handle.hook.id for handle in (*point.fwd_hooks, *point.bwd_hooks)]
+        for name, point in hook_points(subject).items()
+    }
+    return {
+        "train or eval mode": {name: module.training for name, module in modules.items()},
+        "hooks": hooks,
+        "PyTorch's hooks": {name: len(module._forward_hooks) for name, module in modules.items()},
+        "requires_grad": {name: p.requires_grad for name, p in bridge.named_parameters()},
+        "gradient mode": torch.is_grad_enabled(),
+        "cfg": dict(vars(bridge.cfg)),
+        "the model's configuration": subject.model.config.to_dict(),
+        "the generation's configuration": subject.model.generation_config.to_dict(),
+        "random state": None if drawn else torch.get_rng_state().tolist(),
+        "caches": [
+            f"{name}.{attribute}"
+            for name, module in modules.items()
+            for attribute, held in vars(module).items()
+            if isinstance(held, Cache)
+        ],
+    }
+
+
+def settled_models() -> SearchStrategy[ModelSpec]:
+    """Models that do not remember how long a text was, as dynamic RoPE does."""
+    return model_specs(rope_types=st.sampled_from(("default", "linear", "llama3", "yarn")))
+
+
+def settled_cases() -> SearchStrategy[Case]:
+    """Generations of `settled_models`."""
+    return cases(models=settled_models(), runs=generating_runs)
+
+
+@check(
+    "generation.leaves_nothing",
+    "A generation, one that a hook's error ends and a stream that is abandoned leave modes, hooks, "
+    "configurations, the random state and the user's tensors as they were, and no cache.",
+    settled_cases,
+    examples=0.15,
+)
+def leaves_nothing(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """With two hooks of a user on, one of them permanent. The next generation is as the first."""
+    data = inputs(case)
+    before = [x.clone() for x in (data.tokens, data.attention_mask) if x is not None]
+    expected = by_hugging_face(case, data)
+    subject = generating(case, adapter)
+    bridge = bridge_of(subject)
+    bridge.train(case.run.training)
+    asked = bridge_options(case, data)
+    points = hook_points(subject)
+    seen: list[str] = []
+    user = ("blocks.0.attn.hook_rot_k", "unembed.hook_out")
+
+    def listen(tensor: torch.Tensor, hook: HookPoint) -> None:
+        seen.append(str(hook.name))
+
+    def trouble(tensor: torch.Tensor, hook: HookPoint) -> None:
+        if len(seen) >= len(user):  # both have fired: this is the second step
+            raise _TroubleError
+
+    def plain() -> None:
+        bridge.generate(data.tokens, **asked)
+
+    def troubled() -> None:
+        with suppress(_TroubleError), bridge.hooks(fwd_hooks=[("ln_final.hook_in", trouble)]):
+            bridge.generate(data.tokens, **asked)
+
+    def abandoned() -> None:
+        stream = bridge.generate_stream(data.tokens, max_tokens_per_yield=1, **asked)
+        next(stream)
+        stream.close()
+
+    ways: dict[str, tuple[Callable[[], None], tuple[int, int]]] = {
+        "generate": (plain, (steps_of(case), steps_of(case))),
+        "an error in a hook": (troubled, (2, 1)),
+        "an abandoned stream": (abandoned, (1, 1)),
+    }
+    drawn = case.run.training and case.model.attention_dropout > 0
+    try:
+        for name, permanent in zip(user, (False, True), strict=True):
+            points[name].add_hook(listen, is_permanent=permanent)
+        for way, (act, firings) in ways.items():
+            state = _state(subject, drawn=drawn)
+            seen.clear()
+            with at_work(way), torch.random.fork_rng(devices=[], enabled=drawn):
+                act()
+            left = _state(subject, drawn=drawn)
+            for what in state:
+                if left[what] != state[what]:
+                    yield Gap(what, "contract", f"is not what it was before {way}")
+            for name, due in zip(user, firings, strict=True):
+                if seen.count(name) != due:
+                    yield Gap(name, "count", f"fired {seen.count(name)} times in {way}, not {due}")
+        with at_work("a forward"), torch.no_grad():
+            bridge(data.tokens)
+        if held := _state(subject, drawn=True)["caches"]:
+            yield Gap("caches", "extra", f"a later forward leaves one in {held[0]}")
+        yield from differing_texts(expected, by_bridge(subject, case, data))
+    finally:
+        for point in points.values():
+            point.remove_hooks("both", including_permanent=True)
+    after = [x for x in (data.tokens, data.attention_mask) if x is not None]
+    for name, kept, now in zip(("tokens", "attention_mask"), before, after, strict=False):
+        yield from bitwise(f"the user's {name}", kept, now)

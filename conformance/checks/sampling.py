@@ -1,0 +1,192 @@
+"""Sampling and beams: from the same random state, the draws of Hugging Face's generate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import (
+    Cache,
+    LogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from conformance.checks.caches import differing_caches, from_the_seed
+from conformance.checks.generation import (
+    by_bridge,
+    by_hugging_face,
+    differing_texts,
+    generating,
+    generating_cases,
+    steps_of,
+)
+from conformance.checks.registry import Adapter, check
+from conformance.checks.support import bridge_of
+from conformance.compare import Gap, bitwise
+from conformance.inputs import inputs
+from conformance.spec import Case
+from conformance.subjects import at_work, reference
+
+END = 2  # a token of every vocabulary
+
+
+class FrequencyPenalty(LogitsProcessor):
+    """transformer_lens' ``freq_penalty``: so much off a logit for each time its token stands there.
+
+    The prompt's tokens count, as they do for a repetition penalty.
+    """
+
+    def __init__(self, penalty: float) -> None:
+        self.penalty = penalty
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores ``[batch, d_vocab]`` after the penalty."""
+        counts = torch.zeros_like(scores)
+        counts.scatter_add_(1, input_ids, torch.ones(input_ids.shape, dtype=scores.dtype))
+        return scores - self.penalty * counts
+
+
+class Normalized(LogitsProcessor):
+    """Log-probabilities, rounded as `torch.distributions.Categorical` does, which draws."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores ``[batch, d_vocab]``, normalized."""
+        return scores - scores.logsumexp(dim=-1, keepdim=True)
+
+
+def _asked(case: Case) -> dict[str, float]:
+    """Options of a bridge's generate, of which any dtype makes what float32 makes of them.
+
+    transformer_lens takes a quotient, a sum of probabilities and a penalty in the logits' dtype,
+    Hugging Face in float32. Powers of two are exact in both.
+    """
+    seed, dtype = case.run.token_seed, case.model.dtype
+    picked: dict[str, float] = {"temperature": (0.5, 2.0)[seed // 8 % 2]}
+    if dtype == "float32":
+        picked = {"temperature": (0.5, 0.7, 1.0, 1.6)[seed // 8 % 4]}
+    kind = ("top_k", "top_p", "repetition_penalty", "freq_penalty")[seed % 4]
+    if case.run.padding != "none" and kind.endswith("penalty"):
+        kind = "top_k"  # penalties-count-padding in known_defects.toml
+    if kind == "top_k":
+        picked["top_k"] = 1 + seed // 4 % 3
+    elif kind == "top_p" and dtype in ("float32", "float64"):
+        picked["top_p"] = (0.3, 0.6, 0.9)[seed % 3]
+    elif kind == "repetition_penalty":
+        picked["repetition_penalty"] = 2.0
+    elif kind == "freq_penalty" and dtype == "float32":
+        picked["freq_penalty"] = 0.7
+    return picked
+
+
+def _processors(asked: Mapping[str, float]) -> list[LogitsProcessor]:
+    """Hugging Face's own processors of these options, in transformer_lens' order."""
+    makers: dict[str, Any] = {
+        "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+        "temperature": TemperatureLogitsWarper,
+        "freq_penalty": FrequencyPenalty,
+        "top_k": TopKLogitsWarper,
+        "top_p": TopPLogitsWarper,
+    }
+    return [*(make(asked[name]) for name, make in makers.items() if name in asked), Normalized()]
+
+
+@check(
+    "sampling.draws",
+    "generate with do_sample, temperature, top_k, top_p, repetition_penalty or freq_penalty draws "
+    "the tokens that Hugging Face's sampling draws from the same random state.",
+    generating_cases,
+    examples=0.35,
+)
+def draws(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """The draws of dropout come in between, where a model in train mode has any."""
+    data = inputs(case)
+    asked: dict[str, Any] = _asked(case)
+    theirs: dict[str, Any] = {"logits_processor": _processors(asked), "do_sample": True}
+    if case.run.token_seed % 2:
+        theirs |= {"eos_token_id": END, "pad_token_id": END}
+        asked |= {"eos_token_id": END, "stop_at_eos": True}
+    neutral: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
+    expected = by_hugging_face(case, data, **theirs, **neutral)
+    actual = by_bridge(generating(case, adapter), case, data, do_sample=True, **asked)
+    yield from differing_texts(expected, actual)
+
+
+# Named by what is special of them.
+_WAYS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
+    "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9},
+    "sampling beams": {"do_sample": True, "num_beams": 2},
+    "records": {"do_sample": False, "output_attentions": True, "output_hidden_states": True},
+}
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in what generate returns, which nests tuples of them by step and layer."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _tensors(f"{name}[{index}]", item)
+
+
+@check(
+    "sampling.hugging_face",
+    "hf_generate of tokens is Hugging Face's own generate: greedy, sampling and by beams, with the "
+    "records, the ends of text and the cache that are asked for, and no others.",
+    generating_cases,
+    examples=0.3,
+)
+def hugging_face(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """One way by the seed; the mask, the ends and the cache by it too."""
+    data, seed = inputs(case), case.run.token_seed
+    name = list(_WAYS)[seed % len(_WAYS)]
+    given: dict[str, Any] = {
+        "max_new_tokens": steps_of(case),
+        "output_logits": True,
+        "output_scores": True,
+        **_WAYS[name],
+    }
+    mask = data.attention_mask
+    if mask is None and case.model.dtype == "float64":
+        # Left out, it would be that of the pad token, and a row that begins with one is NaN there.
+        mask = torch.ones_like(data.tokens)
+    if mask is not None:
+        given["attention_mask"] = mask
+    ends = [END, int(data.tokens[0, 0])][: seed // 5 % 3]
+    told: dict[str, Any] = {"eos_token_id": ends} if ends else {}
+    endless = not ends and seed % 2 == 0
+    truth = reference(case.model)
+    subject = generating(case, adapter)
+    if endless:  # the configuration has an end, which the call takes away
+        for each in (truth.model, subject.model):
+            each.generation_config.eos_token_id = END
+    record = {"return_dict_in_generate": True, "use_cache": case.run.use_cache}
+    free = {"eos_token_id": None} if endless else {}
+    model: Any = truth.model
+    with from_the_seed(case, truth):
+        expected = model.generate(data.tokens, **given, **told, **record, **free)
+    with from_the_seed(case, subject), at_work(f"hf_generate, {name}"):
+        asked = {**told, "stop_at_eos": not endless, "use_past_kv_cache": case.run.use_cache}
+        actual = bridge_of(subject).hf_generate(data.tokens, **given, **asked)
+    due, got = (
+        dict(item for key in output for item in _tensors(key, output[key]))
+        for output in (expected, actual)
+    )
+    for key in due:
+        if key not in got:
+            yield Gap(f"{name}: {key}", "missing", "not in what hf_generate returns")
+        else:
+            yield from bitwise(f"{name}: {key}", due[key], got[key])
+    for key in got.keys() - due.keys():
+        yield Gap(f"{name}: {key}", "extra", "Hugging Face returns no such thing")
+    caches = expected.past_key_values, actual.past_key_values
+    if [isinstance(cache, Cache) for cache in caches] != [case.run.use_cache] * 2:
+        told_types = " and ".join(type(cache).__name__ for cache in caches)
+        yield Gap(f"{name}: cache", "contract", f"{told_types}, use_cache={case.run.use_cache}")
+    elif case.run.use_cache:
+        yield from differing_caches(*caches)
