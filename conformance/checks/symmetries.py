@@ -183,7 +183,8 @@ def groups(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """But for rounding: the bridge has all heads, the reference has the groups."""
     model, truth = case.model, reference(case.model)
     size = model.num_attention_heads // model.num_key_value_heads
-    full = replace(model, num_key_value_heads=model.num_attention_heads)
+    # Drawn first: a model of these shapes has no weights of its own on file.
+    full = replace(model, num_key_value_heads=model.num_attention_heads, weights="drawn")
 
     def repeated(name: str, weight: torch.Tensor) -> torch.Tensor:
         grouped = truth.parameters[name].detach()
@@ -263,7 +264,11 @@ def neutral(adapter: Adapter, case: Case) -> Iterator[Gap]:
     at = case.run.token_seed % (model.num_hidden_layers + 1)
     clip = GREATEST_CLIP[model.dtype] if model.clip_qkv is None else model.clip_qkv
     more = replace(
-        model, num_hidden_layers=model.num_hidden_layers + 1, biases=PROJECTIONS, clip_qkv=clip
+        model,
+        num_hidden_layers=model.num_hidden_layers + 1,
+        biases=PROJECTIONS,
+        clip_qkv=clip,
+        weights="drawn",
     )
 
     def before(name: str) -> str | None:
