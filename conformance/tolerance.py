@@ -319,16 +319,16 @@ def of_pieces(
         size: The sum of the absolute values of its terms: it grows with their number, and each of
             them is rounded in eps of it. For the sum of a stack it is that of all pieces, once more
             for every layer, which rounds its own sums.
-        dtype: The model's. Over 2,400 drawn cases of 7 checks a piece was off by at most 1.4 eps of
-            its greatest size (a head of a float64 model), by 1.0 in float32 and 0.7 in the short
+        dtype: The model's. Over 4,200 drawn cases of 7 checks a piece was off by at most 1.4 eps of
+            its greatest size (a head of a float64 model), by 1.1 in float32 and 0.9 in the short
             dtypes, and the sum of a stack by 0.25. A head that is another's is off by the size.
         normalized: Whether it was divided by a LayerNorm's scale, which is float32 in every dtype.
         processed: Whether weights were processed, which changes the rounding of all that came
-            before: at most 11 eps over 600 drawn cases. A mean that is left in a writer is off by a
+            before: at most 10.2 eps over 600 drawn cases. A mean that is left in a writer is off by a
             tenth of the size.
     """
     eps = torch.finfo(dtype).eps
     if normalized:
         eps = max(eps, FLOAT32_ULP)
-    atol = (32 if processed else 2) * eps * _greatest(size)
+    atol = (32 if processed else 3) * eps * _greatest(size)
     return Allowance(0.0, atol, "pieces by hand: another order of summation")

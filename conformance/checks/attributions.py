@@ -43,7 +43,7 @@ def _picked(run: Taken, tensor: torch.Tensor, rows: Any) -> torch.Tensor:
     "apply_ln_to_stack subtracts the mean and divides by the LayerNorm's own denominator, of the "
     "layer, positions and rows asked for; recomputed, by Hugging Face's final norm, bit for bit.",
     cases,
-    examples=0.3,
+    examples=0.25,
 )
 def norms(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Of what the components before the layer have written."""
@@ -137,7 +137,7 @@ def shares_gaps(run: Taken) -> Iterator[Gap]:
     "other tokens, and the shares sum to Hugging Face's own, for the tokens, positions and rows "
     "asked for.",
     cases,
-    examples=0.35,
+    examples=0.3,
 )
 def logits(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Tokens are a number, a tensor of one, one for each row, or one for each position."""
@@ -168,7 +168,7 @@ _STACKED = {
     "stack_activation gives Hugging Face's own tensors of all layers before the one asked for, bit "
     "for bit, and so does the cache by name and layer, from the front and from the end.",
     cases,
-    examples=0.15,
+    examples=0.1,
 )
 def stacked(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Five drawn names of a cache, some rows of which may have been sliced off before."""
