@@ -324,8 +324,8 @@ def of_pieces(
             dtypes, and the sum of a stack by 0.25. A head that is another's is off by the size.
         normalized: Whether it was divided by a LayerNorm's scale, which is float32 in every dtype.
         processed: Whether weights were processed, which changes the rounding of all that came
-            before: at most 10.2 eps over 600 drawn cases. A mean that is left in a writer is off by a
-            tenth of the size.
+            before: at most 10.2 eps over 600 drawn cases. A mean that is left in a writer is off
+            by a tenth of the size.
     """
     eps = torch.finfo(dtype).eps
     if normalized:

@@ -144,10 +144,10 @@ LIES: tuple[tuple[str, str, str, str, str, Lie], ...] = (
         _stack(_one_off),
     ),
     (
-        "pieces.first_norm",
+        "attributions.first_norm",
         "what an MLP reads is divided by the scale of its layer's first LayerNorm",
-        "apply_ln and mlp_input",
-        "decompositions.components",
+        "mlp_input",
+        "attributions.norms",
         "_get_cached_ln_scale",
         _first_norm,
     ),
