@@ -35,6 +35,7 @@ def test_importing_is_light(module: str, heavy: tuple[str, ...]) -> None:
 # the check that needs it to import, inside `at_work`.
 SINCE_3_0 = {
     ("transformer_lens", "FactoredMatrix"),
+    ("transformer_lens", "patching"),
     ("transformer_lens.config", "TransformerBridgeConfig"),
     ("transformer_lens.factories.architecture_adapter_factory", "ArchitectureAdapterFactory"),
     ("transformer_lens.hook_points", "HookPoint"),

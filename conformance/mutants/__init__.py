@@ -2,6 +2,7 @@
 
 from conformance.mutants import (
     accessors,
+    analysis,
     attention,
     caches,
     calls,
@@ -36,6 +37,7 @@ __all__ = [
     "Kill",
     "Mutant",
     "accessors",
+    "analysis",
     "attention",
     "caches",
     "calls",
