@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import sqrt
 
 import torch
 
@@ -211,11 +212,11 @@ def of_product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> A
         right: The right one, ``[..., inner, column]``.
         dtype: What it was taken in. A sum of products is rounded in eps of the sum of their sizes,
             once or, in another order, some times: of the greatest of these sums at most 1.1 eps in
-            float32 and 0.5 in shorter dtypes, over 1,450 drawn models. Two heads that are mixed up
-            are off by the sum itself.
+            float32 and 0.5 in shorter dtypes, over 1,450 drawn models; longer sums wander, 96
+            products up to 2.2 eps. Two heads that are mixed up are off by the sum itself.
     """
     greatest = _greatest(left.abs() @ right.abs())
-    atol = 2 * torch.finfo(dtype).eps * greatest
+    atol = max(2.0, sqrt(left.shape[-1]) / 2) * torch.finfo(dtype).eps * greatest
     return Allowance(0.0, atol, "a product of matrices: another order of summation")
 
 
