@@ -200,13 +200,13 @@ def attribution(adapter: Adapter, case: Case) -> Iterator[Gap]:
             way: cache.logit_attrs(stack, tokens=right, incorrect_tokens=wrong)
             for way, (stack, _) in stacks.items()
         }
+    # The final norm's scale has the precision of float32 at the most.
+    allow = partial(of_attribution, dtype=torch.float32 if dtype == torch.float64 else dtype)
     for way, parts in zip(stacks, (due.whole, due.heads), strict=True):
         share, labels = shares[way], stacks[way][1]
-        yield from _share_gaps(way, labels, share, parts, partial(of_attribution, dtype=dtype))
-        # Hugging Face's final norm is taken in float32 at the most.
-        single = torch.float32 if dtype == torch.float64 else dtype
-        allowance = of_attribution(_total(parts), single)
-        yield from within(allowance, f"{way}: the sum", due.difference, share.double().sum(0))
+        yield from _share_gaps(way, labels, share, parts, allow)
+        summed = share.double().sum(0)
+        yield from within(allow(_total(parts)), f"{way}: the sum", due.difference, summed)
 
 
 def wide_analysed_cases() -> SearchStrategy[Case]:

@@ -8,6 +8,7 @@ import shlex
 from contextlib import redirect_stdout
 from doctest import ELLIPSIS, NORMALIZE_WHITESPACE, OutputChecker
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -47,7 +48,7 @@ def test_every_block_runs_and_prints_what_it_says(
         assert result.exit_code == 0, result.output
         require_same(wanted, result.stdout, example.line)
 
-    parsers = [
+    parsers: list[Any] = [
         PythonCodeBlockParser(),
         CodeBlockParser("text", text),
         CodeBlockParser("console", console),
