@@ -47,6 +47,8 @@ class OlmoArchitectureAdapter(ArchitectureAdapter):
     Attributes:
         optional_parameters: ``OPTIONAL_PARAMETERS``, the parameters that may be missing.
         optional_hooks: Hook points that this adapter has beyond those of every OLMo bridge.
+        exact_flags: The flags ``use_attn_result``, ``use_split_qkv_input``, ``use_attn_in`` and
+            ``use_hook_mlp_in`` change no bit where nothing is edited.
     """
 
     optional_parameters: tuple[str, ...] = OPTIONAL_PARAMETERS
@@ -55,6 +57,7 @@ class OlmoArchitectureAdapter(ArchitectureAdapter):
         "blocks.{i}.attn.hook_k_clipped",
         "blocks.{i}.attn.hook_v_clipped",
     )
+    exact_flags = True
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg)

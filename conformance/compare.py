@@ -13,6 +13,8 @@ from conformance.observe import Observation
 from conformance.sites import Site
 from conformance.tolerance import Allowance, exactly, of_gradient, of_value
 
+NOTHING_SPECIAL: Mapping[str, Allowance] = {}
+
 
 @dataclass(frozen=True)
 class Gap:
@@ -153,6 +155,7 @@ def compare_values(
     sites: Mapping[str, Site],
     *,
     due: Sequence[str] = (),
+    allowances: Mapping[str, Allowance] = NOTHING_SPECIAL,
 ) -> tuple[Gap, ...]:
     """Firing, shape, dtype and value of every site, in the order of execution.
 
@@ -161,6 +164,7 @@ def compare_values(
         actual: The subject's.
         sites: The sites compared.
         due: The order of firing; the table's order if empty. Taps fire in an order of their own.
+        allowances: Of values that have another one than their site.
     """
     due = due or in_order(sites, expected.values)
     gaps = [] if tuple(due) == actual.fired else list(compare_firing(due, actual.fired))
@@ -168,7 +172,7 @@ def compare_values(
         if key in actual.values:
             site = sites[key.partition("#")[0]]
             wanted = expected.values[key]
-            allowance = partial(of_value, site, key, expected.values)
+            allowance = allowances.get(key) or partial(of_value, site, key, expected.values)
             derived = bool(site.derived)
             gap = compare_tensors(key, wanted, actual.values[key], allowance, any_wider=derived)
             gaps += [gap] if gap else []
@@ -179,7 +183,10 @@ def compare_values(
 
 
 def compare_gradients(
-    expected: Observation, actual: Observation, sites: Mapping[str, Site]
+    expected: Observation,
+    actual: Observation,
+    sites: Mapping[str, Site],
+    allowances: Mapping[str, Allowance] = NOTHING_SPECIAL,
 ) -> tuple[Gap, ...]:
     """Every site's gradient, and that it came exactly once, in the order of the backward pass."""
     gaps: list[Gap] = []
@@ -194,7 +201,9 @@ def compare_gradients(
             gaps.append(Gap(name, "count", f"fired backwards {counts[name]} times"))
         else:
             wanted = expected.gradients[name]
-            allowance = partial(of_gradient, sites[name], expected.values, expected.gradients)
+            allowance = allowances.get(name) or partial(
+                of_gradient, sites[name], expected.values, expected.gradients
+            )
             gap = compare_tensors(
                 name,
                 wanted,
@@ -207,7 +216,11 @@ def compare_gradients(
     return tuple(gaps)
 
 
-def compare_parameters(expected: Observation, actual: Observation) -> tuple[Gap, ...]:
+def compare_parameters(
+    expected: Observation,
+    actual: Observation,
+    allowances: Mapping[str, Allowance] = NOTHING_SPECIAL,
+) -> tuple[Gap, ...]:
     """The gradient of every parameter, last layers first."""
     gaps: list[Gap] = []
     for name in reversed(list(expected.parameter_gradients)):
@@ -217,7 +230,7 @@ def compare_parameters(expected: Observation, actual: Observation) -> tuple[Gap,
                 has = "none" if got is None else "one"
                 gaps.append(Gap(name, "missing" if got is None else "extra", f"gradient: {has}"))
             continue
-        exact = partial(exactly, wanted.dtype)
-        gap = compare_tensors(name, wanted, got, exact, kind="gradient")
+        allowance = allowances.get(name) or partial(exactly, wanted.dtype)
+        gap = compare_tensors(name, wanted, got, allowance, kind="gradient")
         gaps += [gap] if gap else []
     return tuple(gaps)

@@ -62,3 +62,22 @@ def edited(edit: Edit, tensor: torch.Tensor) -> torch.Tensor:
     if edit.kind != "identity" and not tensor.is_floating_point():
         return tensor.roll(1, dims=-1)
     return _KINDS[edit.kind](tensor, edit.seed)
+
+
+def edited_head(edit: Edit, tensor: torch.Tensor) -> torch.Tensor:
+    """As `edited`, but of one drawn head only, or, one time in four, of all of them.
+
+    Args:
+        edit: What to do.
+        tensor: ``[batch, pos, head, d_model]``. What has no heads is edited as a whole.
+
+    Returns:
+        A tensor of the same shape and dtype. Its gradient goes on to the argument, as zeros where
+        the edit leaves nothing of it.
+    """
+    new = edited(edit, tensor)
+    if tensor.ndim < 4:
+        return new
+    heads = torch.arange(tensor.shape[2]).unsqueeze(-1)
+    every = edit.seed % 4 == 0 or edit.kind == "one_head"
+    return torch.where(every | (heads == edit.seed // 4 % tensor.shape[2]), new, tensor)

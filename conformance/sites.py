@@ -13,7 +13,7 @@ from enum import Enum
 from functools import cache
 from itertools import groupby
 
-from conformance.spec import ModelSpec
+from conformance.spec import FLAGS, ModelSpec
 
 
 class Status(Enum):
@@ -31,6 +31,7 @@ class Layout(Enum):
     SAME = "as Hugging Face holds it"
     HEADS = "[batch, pos, heads * d_head] split into [batch, pos, head, d_head]"
     SWAPPED = "[batch, head, pos, d_head] turned into [batch, pos, head, d_head]"
+    FORKED = "one [batch, pos, d_model] for each head: [batch, pos, head, d_model]"
 
 
 class Port(Enum):
@@ -109,6 +110,24 @@ def _norm(name: str, module: str, alias_in: str = "") -> tuple[Site, ...]:
     )
 
 
+def _gated(
+    name: str, flag: str, module: str, layout: Layout = Layout.FORKED, aliases: tuple[str, ...] = ()
+) -> Site:
+    """A site that fires under a flag only. `conformance.forks` knows what it carries."""
+    status = Status.FLAGGED
+    return Site(name, module, Port.IN, layout, aliases, status=status, flag=flag)
+
+
+def _inputs(attn: str) -> tuple[Site, ...]:
+    """What the heads read: the residual stream before the LayerNorm, once for each."""
+    norm = "model.layers.{i}.input_layernorm"
+    flags = {f"hook_{letter}_input": "use_split_qkv_input" for letter in "qkv"}
+    return tuple(
+        _gated(f"{attn}.{hook}", flag, norm, aliases=(f"blocks.{{i}}.{hook}",))
+        for hook, flag in {**flags, "hook_attn_in": "use_attn_in"}.items()
+    )
+
+
 def _attention() -> tuple[Site, ...]:
     attn, module = "blocks.{i}.attn", "model.layers.{i}.self_attn"
     into = {
@@ -137,6 +156,7 @@ def _attention() -> tuple[Site, ...]:
     )
     return (
         Site(f"{attn}.hook_in", module, Port.IN),
+        *_inputs(attn),
         *(site for letter in "qkv" for site in (into[letter], out[letter])),
         *clipped,
         Site(f"{attn}.hook_cos", module, Port.COS),
@@ -146,25 +166,9 @@ def _attention() -> tuple[Site, ...]:
         Site(f"{attn}.hook_attn_scores", module, Port.SCORES),
         Site(f"{attn}.hook_pattern", module, Port.PATTERN),
         Site(f"{attn}.o.hook_in", f"{module}.o_proj", Port.IN, Layout.HEADS, (f"{attn}.hook_z",)),
+        _gated(f"{attn}.hook_result", "use_attn_result", f"{module}.o_proj"),
         Site(f"{attn}.o.hook_out", f"{module}.o_proj", Port.OUT),
         Site(f"{attn}.hook_out", module, Port.FIRST, aliases=("blocks.{i}.hook_attn_out",)),
-    )
-
-
-def _flagged() -> tuple[Site, ...]:
-    attn, module = "blocks.{i}.attn", "model.layers.{i}.self_attn"
-
-    def gated(name: str, flag: str, *aliases: str) -> Site:
-        return Site(name, module, Port.IN, aliases=aliases, status=Status.FLAGGED, flag=flag)
-
-    return (
-        *(
-            gated(f"{attn}.hook_{x}_input", "use_split_qkv_input", f"blocks.{{i}}.hook_{x}_input")
-            for x in "qkv"
-        ),
-        gated(f"{attn}.hook_attn_in", "use_attn_in", "blocks.{i}.hook_attn_in"),
-        gated(f"{attn}.hook_result", "use_attn_result"),
-        gated("blocks.{i}.hook_mlp_in", "use_hook_mlp_in"),
     )
 
 
@@ -190,6 +194,12 @@ _BLOCK = (
     Site("blocks.{i}.hook_in", "model.layers.{i}", Port.IN, aliases=("blocks.{i}.hook_resid_pre",)),
     *_norm("blocks.{i}.ln1", "model.layers.{i}.input_layernorm"),
     *_attention(),
+    _gated(
+        "blocks.{i}.hook_mlp_in",
+        "use_hook_mlp_in",
+        "model.layers.{i}.post_attention_layernorm",
+        Layout.SAME,
+    ),
     *_norm(
         "blocks.{i}.ln2", "model.layers.{i}.post_attention_layernorm", "blocks.{i}.hook_resid_mid"
     ),
@@ -226,7 +236,6 @@ TABLE = (
     Site("rotary_emb.hook_cos", "model.rotary_emb", Port.FIRST),
     Site("rotary_emb.hook_sin", "model.rotary_emb", Port.SECOND),
     *_BLOCK,
-    *_flagged(),
     *_norm("ln_final", "model.norm"),
     *_linear("unembed", "lm_head", alias_out="hook_unembed"),
     *_DEAD,
@@ -282,3 +291,9 @@ def observable(model: ModelSpec, optional: Collection[str] = ()) -> dict[str, Si
 def observable_in(layers: int, optional: tuple[str, ...]) -> Mapping[str, Site]:
     """As `observable`, for so many layers."""
     return {site.name: site for site in _expand(fired_rows(optional), layers)}
+
+
+def behind_flags(model: ModelSpec, flags: Collection[str] = FLAGS) -> dict[str, Site]:
+    """The sites that fire under some flags only, by canonical name, in order of execution."""
+    every = sites(model).items()
+    return {name: site for name, site in every if site.flag and site.flag in flags}

@@ -290,6 +290,7 @@ class RunSpec:
             ``boot_transformers`` does and a direct ``TransformerBridge(...)`` does not.
         edits: Interventions active during the forward.
         processing: Weight processing asked of ``enable_compatibility_mode``, where a check does.
+        flags: Flags of a bridge, turned on where a check does. They change nothing by themselves.
         steps: What the state machine does to a bridge, one after the other.
     """
 
@@ -304,6 +305,7 @@ class RunSpec:
     prepared: bool = True
     edits: tuple[Edit, ...] = ()
     processing: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
     steps: tuple[Step, ...] = ()
 
     def __post_init__(self) -> None:
@@ -316,6 +318,9 @@ class RunSpec:
         cached = f"true, since chunks={self.chunks} need a cache"
         _require(self.use_cache or self.chunks == 1, "use_cache", self.use_cache, cached)
         _subset(self, "processing", PROCESSING)
+        _subset(self, "flags", FLAGS)
+        legal = f"without one of {sorted(EXCLUSIVE)}, which exclude each other"
+        _require(not set(self.flags) >= EXCLUSIVE, "flags", self.flags, legal)
         _tuple_of(self, "edits", Edit, "a list of edits")
         _tuple_of(self, "steps", Step, "a list of steps")
 

@@ -30,6 +30,8 @@ from conformance.data import held_out_tokens, trained
 from conformance.profiles import chosen_dtypes
 from conformance.spec import (
     EDITS,
+    EXCLUSIVE,
+    FLAGS,
     PADDINGS,
     POSITIONS,
     PROJECTIONS,
@@ -67,8 +69,12 @@ _SOME_BIASES = tuple(some for size in (1, 2, 3) for some in combinations(PROJECT
 # draws of six on copying one over the other: near copies of one case. So no two of the defaults
 # below have equal elements. Nor is any a `one_of`, which shrinks to whatever makes fewer choices.
 
+# The dtypes in which a sum may be taken in another order at little loss.
+WIDE_DTYPES = st.sampled_from(("float32", "float64"))
+
 # The defaults of `model_specs`.
-HEADS = st.sampled_from(((1, 1), (2, 2), (2, 1), (3, 3), (3, 1), *_GROUPED))
+HEAD_PAIRS = ((1, 1), (2, 2), (2, 1), (3, 3), (3, 1), *_GROUPED)
+HEADS = st.sampled_from(HEAD_PAIRS)
 HEAD_DIMS = st.sampled_from((2, 4, 6, 8))
 # ``divided`` leaves head_dim to Hugging Face: n_heads * head_dim == hidden_size, so a square W_O,
 # whose transposition no shape shows. ``stated`` is the same with its head_dim written down, and
@@ -107,6 +113,7 @@ FEWEST_RERUNS = st.sampled_from((0, *(MOST_RERUNS,) * 19))
 EDIT_KINDS = st.sampled_from(EDITS)
 EDIT_SEEDS = st.sampled_from(range(2**16))
 NO_EDITS: SearchStrategy[tuple[Edit, ...]] = st.just(())
+NO_FLAGS: SearchStrategy[tuple[str, ...]] = st.just(())
 
 
 def grouped_heads() -> SearchStrategy[tuple[int, int]]:
@@ -132,6 +139,12 @@ def clip_inactive() -> SearchStrategy[float | None]:
 def clip_present() -> SearchStrategy[float | None]:
     """Clips of every kind, but always one. Shrinks towards one that binds."""
     return st.sampled_from((*_BINDING, *_TOTAL, _FAR))
+
+
+def legal_flags() -> SearchStrategy[tuple[str, ...]]:
+    """Flags of a bridge, in every legal combination but none. Shrinks towards one."""
+    sets = (some for size in range(1, 1 + len(FLAGS)) for some in combinations(FLAGS, size))
+    return st.sampled_from([some for some in sets if not set(some) >= EXCLUSIVE])
 
 
 @st.composite
@@ -226,6 +239,7 @@ def run_specs(
     trainings: SearchStrategy[bool] = TRAININGS,
     preparations: SearchStrategy[bool] = PREPARATIONS,
     edits: SearchStrategy[tuple[Edit, ...]] = NO_EDITS,
+    flags: SearchStrategy[tuple[str, ...]] = NO_FLAGS,
 ) -> RunSpec:
     """Runs of a model. Shrinks towards one row of one token, no padding, no cache, eval mode.
 
@@ -241,6 +255,7 @@ def run_specs(
         trainings: Whether the run is in train mode, which shows only through a model's dropout.
         preparations: Whether ``prepare_model`` runs before the model is bridged.
         edits: The interventions, all of them.
+        flags: The bridge's flags, all of them.
     """
     length = min(draw(lengths), model.max_position_embeddings)
     padding = draw(paddings)
@@ -261,6 +276,7 @@ def run_specs(
         training=draw(trainings),
         prepared=draw(preparations),
         edits=draw(edits),
+        flags=draw(flags),
     )
 
 

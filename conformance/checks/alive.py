@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from hypothesis import strategies as st
-from hypothesis.strategies import SearchStrategy
 
 from conformance.checks.registry import Adapter, check
+from conformance.checks.support import turn
 from conformance.compare import Gap, compare_tensors
 from conformance.inputs import inputs
-from conformance.observe import hook_points, observe
+from conformance.observe import hook_points
 from conformance.spec import Case
-from conformance.strategies import cases, model_specs
+from conformance.strategies import cases
 from conformance.subjects import Subject, at_work, bridged, reference
-from conformance.tolerance import exactly, of_sum_by_head
+from conformance.tolerance import exactly
 
 # Flags that cannot be on together are in different settings.
 SETTINGS = (
@@ -25,17 +23,6 @@ SETTINGS = (
     ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"),
     ("use_attn_in",),
 )
-
-
-@contextmanager
-def _set(subject: Subject, flags: tuple[str, ...]) -> Iterator[None]:
-    """Turn flags on for a forward, and off after it."""
-    with at_work(f"a forward under {' and '.join(flags) or 'no flag'}"):
-        for flag in flags:
-            getattr(subject.bridge, f"set_{flag}")(True)
-        yield
-        for flag in flags:
-            getattr(subject.bridge, f"set_{flag}")(False)
 
 
 def _fired(subject: Subject, case: Case) -> set[str]:
@@ -46,7 +33,7 @@ def _fired(subject: Subject, case: Case) -> set[str]:
     for name, point in points.items():
         point.add_hook(lambda tensor, hook, name=name: seen.add(name))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), at_work("a forward"):
             subject.bridge(inputs(case).tokens, return_type="logits")
     finally:
         for point in points.values():
@@ -69,8 +56,9 @@ def advertised(adapter: Adapter, case: Case) -> Iterator[Gap]:
     ever: set[str] = set()
     plain: set[str] = set()
     for flags in SETTINGS:
-        with _set(subject, flags):
-            fired = _fired(subject, case)
+        turn(subject, flags, True)
+        fired = _fired(subject, case)
+        turn(subject, flags, False)
         plain = plain or fired
         ever |= fired
         for name in sorted(plain - fired):
@@ -102,36 +90,3 @@ def output_attentions(adapter: Adapter, case: Case) -> Iterator[Gap]:
     for block, (due, got) in enumerate(zip(expected, actual, strict=True)):
         gap = compare_tensors(f"attentions[{block}]", due, got, exactly(due.dtype))
         yield from [gap] if gap else []
-
-
-def wide_cases() -> SearchStrategy[Case]:
-    """Cases in the dtypes in which summing per head is within the allowance of one product."""
-    return cases(models=model_specs(dtypes=st.sampled_from(("float32", "float64"))))
-
-
-@check(
-    "alive.flags",
-    "A flag that splits inputs or results by head changes neither logits nor gradients, biases "
-    "included.",
-    wide_cases,
-    examples=0.3,
-)
-def flags(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Under every setting of the flags, against the reference, which knows none of them."""
-    expected = observe(reference(case.model), case)
-    subject = bridged(case.model, adapter, prepared=case.run.prepared)
-    assert subject.bridge is not None
-    for setting in SETTINGS[1:]:
-        with _set(subject, setting):
-            actual = observe(subject, case)
-        pairs = {"logits": (expected.logits, actual.logits)}
-        for name, due in expected.parameter_gradients.items():
-            got = actual.parameter_gradients[name]
-            if due is not None and got is not None:
-                pairs[name] = (due, got)
-            elif due is not got:
-                yield Gap(f"{name} under {setting}", "missing", "a gradient on one side only")
-        for name, (due, got) in pairs.items():
-            allowance = of_sum_by_head(due)
-            gap = compare_tensors(f"{name} under {setting}", due, got, allowance)
-            yield from [gap] if gap else []

@@ -19,6 +19,7 @@ from conformance.inputs import Inputs, derived_positions, inputs
 from conformance.spec import Case, ModelSpec, RunSpec
 from conformance.strategies import cases, run_specs
 from conformance.subjects import Subject, at_work, bridged, reference
+from conformance.verdict import NotApplicable
 
 
 def chunked_runs(model: ModelSpec, **narrower: Any) -> SearchStrategy[RunSpec]:
@@ -217,6 +218,8 @@ def _other_rows(data: Inputs, rows: torch.Tensor) -> Inputs:
 )
 def surgery(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """One chunk, an operation on the cache, and the rest with other tokens."""
+    if case.run.chunks == 1:
+        raise NotApplicable("fed at once: there is no cache between two chunks")
     data = inputs(case)
     operate = SURGERIES[case.run.token_seed % len(SURGERIES)]
     name = operate.__name__.strip("_")

@@ -14,7 +14,7 @@ from conformance.compare import Gap, compare_gradients, compare_parameters, comp
 from conformance.observe import observe, sites_of
 from conformance.sites import POST_CLIP
 from conformance.spec import Case
-from conformance.strategies import cases, clip_present, model_specs
+from conformance.strategies import WIDE_DTYPES, cases, clip_present, model_specs
 from conformance.subjects import Subject, bridged, reference
 from conformance.tolerance import exactly
 from conformance.verdict import NotApplicable
@@ -22,8 +22,7 @@ from conformance.verdict import NotApplicable
 
 def clipped_wide_cases() -> SearchStrategy[Case]:
     """Cases with a clip, in dtypes in which a matmul by hand is Hugging Face's."""
-    wide = st.sampled_from(("float32", "float64"))
-    return cases(models=model_specs(clips=clip_present(), dtypes=wide))
+    return cases(models=model_specs(clips=clip_present(), dtypes=WIDE_DTYPES))
 
 
 @check(

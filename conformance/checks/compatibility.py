@@ -58,7 +58,7 @@ def process(subject: Subject, case: Case) -> list[str]:
     return [str(warning.message) for warning in seen]
 
 
-def _log_probabilities(logits: torch.Tensor, case: Case) -> torch.Tensor:
+def log_probabilities_of(logits: torch.Tensor, case: Case) -> torch.Tensor:
     """Log-probabilities at real tokens ``[token, d_vocab]``: centering shifts logits as a whole."""
     mask = inputs(case).attention_mask
     chosen = logits if mask is None else logits[mask.bool()]
@@ -77,8 +77,8 @@ def log_probabilities(adapter: Adapter, case: Case) -> Iterator[Gap]:
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
     process(subject, case)
     actual = observe(subject, case, backward=False)
-    due = _log_probabilities(expected.logits, case)
-    got = _log_probabilities(actual.logits, case)
+    due = log_probabilities_of(expected.logits, case)
+    got = log_probabilities_of(actual.logits, case)
     gap = compare_tensors("log-probabilities", due, got, of_log_probabilities())
     yield from [gap] if gap else []
 
@@ -138,8 +138,8 @@ def refusal(adapter: Adapter, case: Case) -> Iterator[Gap]:
     yield from logits_gap(before, observe(subject, case, backward=False), "logits after a refusal")
     process(subject, case)
     after = observe(subject, case, backward=False)
-    due = _log_probabilities(before.logits, case)
-    got = _log_probabilities(after.logits, case)
+    due = log_probabilities_of(before.logits, case)
+    got = log_probabilities_of(after.logits, case)
     gap = compare_tensors("log-probabilities", due, got, of_log_probabilities())
     yield from [gap] if gap else []
 

@@ -57,7 +57,7 @@ def _asked(told: Script, count: int) -> dict[str, Any]:
     "Texts are continued as Hugging Face's generate continues them, token for token, alone or "
     "together, with and without a cache; as strings they are decoded without special tokens.",
     text_cases,
-    examples=0.5,
+    examples=0.3,
 )
 def generation(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Greedy, by the bridge's own loop and by ``hf_generate``, which adds no BOS of its own."""
@@ -90,7 +90,7 @@ def generation(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "generate_stream hands out, piece by piece, just what generate gives at once: the tokens, and "
     "the text with no character broken.",
     text_cases,
-    examples=0.4,
+    examples=0.25,
 )
 def streaming(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The first piece has the prompt in it; no other is longer than was asked for."""

@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import quiet
+from conformance.checks.support import copied, quiet
 from conformance.compare import Gap, compare_parameters, compare_tensors, compare_values
 from conformance.observe import observe, sites_of
 from conformance.spec import DTYPES, Case
 from conformance.strategies import cases
-from conformance.subjects import Subject, at_work, bridged, reference
+from conformance.subjects import at_work, bridged, reference
 from conformance.tolerance import exactly
-
-
-def _copied(subject: Subject) -> Subject:
-    """A deep copy of a bridge as a subject of its own."""
-    assert subject.bridge is not None
-    with at_work("copy.deepcopy"):
-        bridge = copy.deepcopy(subject.bridge)
-        model: Any = bridge.original_model
-        # The copy keeps the bridge's names and order; a bridge may have parameters of its own.
-        pairs = zip(subject.model.parameters(), model.parameters(), strict=True)
-        copied = {id(old): new for old, new in pairs}
-        renamed = {name: copied[id(old)] for name, old in subject.parameters.items()}
-    return replace(subject, bridge=bridge, model=model, parameters=renamed)
 
 
 @check(
@@ -46,9 +31,9 @@ def deepcopy(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The copy is judged as a bridge of its own, while the original is hooked, flagged, changed."""
     case = replace(case, run=replace(case.run, chunks=1))
     original = bridged(case.model, adapter, prepared=case.run.prepared)
-    early = _copied(original)
+    early = copied(original)
     observe(original, case)
-    late = _copied(original)
+    late = copied(original)
     assert original.bridge is not None
     crossed: list[str] = []
     for name, point in original.bridge.hook_dict.items():

@@ -13,7 +13,7 @@ from conformance.checks.support import in_one_forward
 from conformance.compare import Gap, compare_tensors
 from conformance.inputs import inputs
 from conformance.observe import observe, options, sites_of, started
-from conformance.sites import Site, Status, sites
+from conformance.sites import behind_flags
 from conformance.spec import Case, ModelSpec
 from conformance.strategies import cases
 from conformance.subjects import Subject, at_work, bridged, reference
@@ -22,10 +22,6 @@ from conformance.tolerance import Allowance, exactly, of_head_product, of_sum_by
 FORKS = ((), ("use_split_qkv_input",), ("use_attn_in",))  # not both at once
 _SOURCES = {"hook_mlp_in": "ln2.hook_in", "hook_result": "attn.o.hook_in"}
 OTHERS = ((), ("use_attn_result",), ("use_hook_mlp_in",), ("use_attn_result", "use_hook_mlp_in"))
-
-
-def _gated(model: ModelSpec) -> dict[str, Site]:
-    return {name: at for name, at in sites(model).items() if at.status is Status.FLAGGED}
 
 
 def _forward(subject: Subject, case: Case, **named: Any) -> torch.Tensor:
@@ -90,7 +86,7 @@ def gated(adapter: Adapter, case: Case) -> Iterator[Gap]:
     truth = reference(case.model)
     values = observe(truth, case, sites=sites_of(subject, case), backward=False).values
     chosen = (*FORKS[draw % len(FORKS)], *OTHERS[draw // len(FORKS) % len(OTHERS)])
-    rows = _gated(case.model)
+    rows = behind_flags(case.model)
     for when, flags in (("before", ()), ("under", chosen), ("after", ())):
         log = Log()
         with at_work(f"a forward {when} {' and '.join(chosen) or 'no flag'}"):
@@ -177,7 +173,7 @@ def refused(adapter: Adapter, case: Case) -> Iterator[Gap]:
                 bridge.set_use_attn_result(setting)
                 bridge.set_use_hook_mlp_in(setting)
     before = attached(subject)
-    for site in _gated(case.model).values():
+    for site in behind_flags(case.model).values():
         names = (site.name, *site.aliases)
         name = names[int(torch.randint(len(names), (), generator=draw))]
         direction = ("fwd", "bwd")[int(torch.randint(2, (), generator=draw))]
@@ -193,7 +189,7 @@ def refused(adapter: Adapter, case: Case) -> Iterator[Gap]:
     log = Log()
     with at_work("run_with_hooks of a filter"):
         actual = _forward(subject, case, fwd_hooks=[(lambda name: True, log.listener(""))])
-    for name in _gated(case.model).keys() & set(log.told[""]):
+    for name in behind_flags(case.model).keys() & set(log.told[""]):
         yield Gap(name, "extra", "a filter fires it without its flag")
     expected = observe(reference(case.model), case, backward=False).logits
     gap = compare_tensors("logits", expected, actual, exactly(expected.dtype))

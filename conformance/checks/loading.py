@@ -88,7 +88,7 @@ def _frequencies(model: torch.nn.Module) -> torch.Tensor:
     "Hugging Face's model of that directory, in the dtype that is asked for: tied or not, in one "
     "file, in shards or in a snapshot of links.",
     saved_cases,
-    examples=0.7,
+    examples=0.5,
 )
 def by_name(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Both load from the same files; the dtype is left out, or any."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import (
     AbstractContextManager,
     contextmanager,
@@ -81,6 +82,37 @@ def within_clip(case: Case) -> bool:
         for key, tensor in seen.items()
         if key.partition("#")[0].endswith(projected)
     )
+
+
+def turn(subject: Subject, flags: Iterable[str], on: bool, *, by_cfg: bool = False) -> None:
+    """Turn flags of a bridge on or off.
+
+    Args:
+        subject: The bridge.
+        flags: Of `conformance.spec.FLAGS`.
+        on: Whether they are on afterwards.
+        by_cfg: Assign them on ``bridge.cfg`` instead of calling ``set_use_*``.
+    """
+    bridge = bridge_of(subject)
+    for flag in flags:
+        with at_work(f"{'cfg.' if by_cfg else 'set_'}{flag}, {on}"):
+            if by_cfg:
+                setattr(bridge.cfg, flag, on)
+            else:
+                getattr(bridge, f"set_{flag}")(on)
+
+
+def copied(subject: Subject) -> Subject:
+    """A deep copy of a bridge as a subject of its own."""
+    assert subject.bridge is not None
+    with at_work("copy.deepcopy"):
+        bridge = copy.deepcopy(subject.bridge)
+        model: Any = bridge.original_model
+        # The copy keeps the bridge's names and order; a bridge may have parameters of its own.
+        pairs = zip(subject.model.parameters(), model.parameters(), strict=True)
+        twins = {id(old): new for old, new in pairs}
+        renamed = {name: twins[id(old)] for name, old in subject.parameters.items()}
+    return replace(subject, bridge=bridge, model=model, parameters=renamed)
 
 
 def bridge_of(subject: Subject) -> Any:

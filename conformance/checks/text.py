@@ -31,7 +31,7 @@ from conformance.tolerance import of_loss
     "to_tokens, to_string, to_str_tokens, to_single_token and get_token_position say what the "
     "tokenizer file says: BOS or none, padding on either side, truncation, one text or several.",
     text_cases,
-    examples=0.7,
+    examples=0.4,
 )
 def tokens(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """No model is run. An END that a tokenizer appends is taken off again: a text goes on."""
@@ -98,7 +98,7 @@ def _positions(bridge: Any, told: Script, row: list[int]) -> Iterator[Gap]:
     "Texts in, alone or together, padded on either side, give the logits, positions and patterns "
     "of Hugging Face's model on the tokens, mask and positions made by hand.",
     text_cases,
-    examples=0.7,
+    examples=0.5,
 )
 def forward(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Only real tokens are compared. One text is also given as a string."""
@@ -134,7 +134,7 @@ def forward(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "text.loss",
     "The loss of texts, in all and by token, is Hugging Face's over the pairs of real tokens.",
     text_cases,
-    examples=0.5,
+    examples=0.35,
 )
 def loss(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Pads have no label by hand, on whichever side they are."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from conformance.checks.alive import wide_cases
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import exact_gaps
@@ -18,7 +17,7 @@ from conformance.compare import Gap, compare_parameters
 from conformance.observe import hook_points, observe
 from conformance.parts import accessors, parts
 from conformance.spec import Case, ModelSpec
-from conformance.strategies import cases
+from conformance.strategies import WIDE_DTYPES, cases, model_specs
 from conformance.subjects import Subject, at_work, bridged, hf_model, make_adapter, reference
 
 
@@ -107,7 +106,7 @@ def _surroundings(subject: Subject, model: ModelSpec) -> dict[str, Any]:
     "setup_component_testing gives the model's rotary embedding to every attention of the bridge "
     "and to the adapter's template, forces eager attention, works without a bridge and twice, and "
     "changes nothing else: a later forward is what it was.",
-    wide_cases,
+    lambda: cases(models=model_specs(dtypes=WIDE_DTYPES)),
     examples=0.2,
 )
 def wiring(adapter: Adapter, case: Case) -> Iterator[Gap]:

@@ -40,6 +40,7 @@ RECORD = Record(
             use_cache=True,
             chunks=2,
             edits=(Edit(site="blocks.0.hook_in", kind="noise", seed=3),),
+            flags=("use_attn_result", "use_attn_in"),
             steps=(
                 Step(kind="flag", flag="use_attn_in"),
                 Step(kind="add_hook", site="blocks.0.attn.hook_out", edit="zero", seed=7),
@@ -113,6 +114,12 @@ RUN: list[tuple[dict[str, object], str, str]] = [
     ({"chunks": 0}, "chunks", "an integer in 1..2"),
     ({"chunks": 2}, "use_cache", "chunks=2 need a cache"),
     ({"edits": ("blocks.0.hook_in",)}, "edits", "a list of edits"),
+    ({"flags": ("use_everything",)}, "flags", "a subset of ('use_attn_result',"),
+    (
+        {"flags": ("use_split_qkv_input", "use_attn_in")},
+        "flags",
+        "without one of ['use_attn_in', 'use_split_qkv_input']",
+    ),
     ({"steps": ("forward",)}, "steps", "a list of steps"),
     ({"steps": Step(kind="forward")}, "steps", "a list of steps"),
 ]
@@ -198,6 +205,7 @@ def test_bad_value(
         lambda: ModelSpec(weight_seed=MAX_SEED),
         lambda: ModelSpec(weights="trained"),
         lambda: RunSpec(chunks=2, use_cache=True),
+        lambda: RunSpec(flags=("use_attn_result", "use_attn_in", "use_hook_mlp_in")),
         lambda: Case(run=RunSpec(seq_len=32)),
         lambda: Case(tokens=((0, 16),)),
     ],
@@ -212,6 +220,8 @@ def test_lists_are_normalised() -> None:
     assert Case(tokens=[[0, 1]]).tokens == ((0, 1),)  # type: ignore[arg-type]
     edit = Edit(site="embed.hook_in")
     assert RunSpec(edits=[edit]).edits == (edit,)  # type: ignore[arg-type]
+    flags = ["use_attn_in", "use_attn_result"]
+    assert RunSpec(flags=flags).flags == ("use_attn_result", "use_attn_in")  # type: ignore[arg-type]
     assert len({ModelSpec(biases=["o", "q"]), ModelSpec(biases=("q", "o"))}) == 1  # type: ignore[arg-type]
 
 

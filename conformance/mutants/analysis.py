@@ -10,6 +10,7 @@ import torch
 from adapter import normalization
 from adapter.hooks import OlmoHookPoint, is_hooked
 from adapter.normalization import OlmoLayerNormBridge
+from conformance.forks import with_gradient_of
 from conformance.mutants.catalogue import (
     Call,
     add,
@@ -17,7 +18,6 @@ from conformance.mutants.catalogue import (
     hook_mutant,
     mutant,
     points,
-    with_gradient_of,
 )
 
 Fire = Callable[[torch.Tensor], torch.Tensor]

@@ -9,7 +9,8 @@ import torch
 from adapter import attention, calls
 from adapter.attention import OlmoAttentionBridge
 from adapter.compatibility import OlmoTransformerBridge
-from conformance.mutants.catalogue import Make, add, mutant, with_gradient_of
+from conformance.forks import with_gradient_of
+from conformance.mutants.catalogue import Make, add, mutant
 from conformance.subjects import PAD_TOKEN
 
 

@@ -139,11 +139,6 @@ def points(bridge: TransformerBridge, site: str) -> list[HookPoint]:
     return [bridge.hook_dict[site.replace("{i}", str(block))] for block in range(blocks)]
 
 
-def with_gradient_of(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """The value of one tensor, bit for bit, with the gradient of another."""
-    return value.detach() + (other - other.detach())
-
-
 def hook_mutant(name: str, breaks: str, trigger: str, killer: str, site: str, call: Call) -> None:
     """Register a mutant whose hook points at a site treat tensors as ``call`` does."""
 
@@ -156,3 +151,8 @@ def hook_mutant(name: str, breaks: str, trigger: str, killer: str, site: str, ca
             point.__class__ = Broken
 
     _add_to_bridge(name, breaks, trigger, killer, fault)
+
+
+def shared(*sites: str) -> Make:
+    """Hook points at some sites hand their hooks the tensor that their neighbours read too."""
+    return lambda original: lambda self, x: x if self.name.endswith(sites) else original(self, x)

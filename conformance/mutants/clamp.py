@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from adapter.attention import OlmoAttentionBridge
+from conformance.forks import with_gradient_of
 from conformance.mutants.catalogue import (
     Make,
     add,
@@ -15,7 +16,6 @@ from conformance.mutants.catalogue import (
     hook_mutant,
     mutant,
     points,
-    with_gradient_of,
 )
 
 _BINDS = "a clip that binds"

@@ -12,7 +12,8 @@ from adapter.block import OlmoBlockBridge
 from adapter.mlp import BranchLinearBridge
 from adapter.normalization import EPS, OlmoLayerNormBridge
 from adapter.olmo import OlmoArchitectureAdapter
-from conformance.mutants.catalogue import add, mutant, with_gradient_of
+from conformance.forks import with_gradient_of
+from conformance.mutants.catalogue import add, mutant
 
 
 @mutant("components.short_norm", "float64", "components.alone", OlmoLayerNormBridge, "_native")

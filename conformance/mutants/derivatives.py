@@ -8,7 +8,8 @@ import torch
 
 from adapter import attention
 from adapter.attention import OlmoAttentionBridge
-from conformance.mutants.catalogue import mutant, with_gradient_of
+from conformance.forks import with_gradient_of
+from conformance.mutants.catalogue import mutant
 
 
 class _OnceOnly(torch.autograd.Function):

@@ -11,7 +11,8 @@ from adapter import attention
 from adapter.mlp import OlmoMLPBridge
 from adapter.normalization import EPS, OlmoLayerNormBridge
 from adapter.unembedding import OlmoUnembeddingBridge
-from conformance.mutants.catalogue import Make, add, hook_mutant, mutant, with_gradient_of
+from conformance.forks import with_gradient_of
+from conformance.mutants.catalogue import Make, add, hook_mutant, mutant
 
 
 @mutant("gradients.layernorm_scale", "any", "gradients.parameters", OlmoLayerNormBridge, "_native")

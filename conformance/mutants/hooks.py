@@ -14,7 +14,7 @@ from adapter.hooks import OlmoHookPoint, new_hook
 from adapter.layouts import HeadsAfterPositions, SplitHeads
 from adapter.mlp import OlmoMLPBridge
 from adapter.rotary import OlmoRotaryEmbeddingBridge
-from conformance.mutants.catalogue import Make, add, bridge_mutant, hook_mutant, mutant, points
+from conformance.mutants.catalogue import add, bridge_mutant, hook_mutant, mutant, points, shared
 
 
 @mutant(
@@ -149,11 +149,6 @@ def backward_twice(bridge: Any) -> None:
         point.__class__ = _RegistersTwice
 
 
-def _shared(*sites: str) -> Make:
-    """Hook points at some sites hand their hooks the tensor that their neighbours read too."""
-    return lambda original: lambda self, x: x if self.name.endswith(sites) else original(self, x)
-
-
 for name, breaks, sites in (
     (
         "branches",
@@ -167,7 +162,7 @@ for name, breaks, sites in (
     ),
 ):
     killer, trigger = "interventions.in_place", "such an edit"
-    add(f"in_place.{name}", breaks, trigger, killer, OlmoHookPoint, "forward", _shared(*sites))
+    add(f"in_place.{name}", breaks, trigger, killer, OlmoHookPoint, "forward", shared(*sites))
 
 
 for module, name in ((rotary, "rotary_emb.hook_out"), (attention, "attn.hook_hidden_states")):

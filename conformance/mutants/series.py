@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from adapter.attention import OlmoAttentionBridge
 from adapter.mlp import BranchLinearBridge
-from conformance.mutants.catalogue import mutant, with_gradient_of
+from conformance.forks import with_gradient_of
+from conformance.mutants.catalogue import mutant
 
 
 @mutant(

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from adapter.hooks import OlmoHookPoint
-from conformance.mutants.catalogue import Call, bridge_mutant, hook_mutant, with_gradient_of
+from conformance.forks import with_gradient_of
+from conformance.mutants.catalogue import Call, bridge_mutant, hook_mutant
 from conformance.sites import TABLE, Site, Status
 
 _SITES = [site for site in TABLE if site.status in (Status.REQUIRED, Status.OPTIONAL)]

@@ -25,7 +25,7 @@ add(
     "padding on the right has no mask, and counts in the loss",
     "texts of unequal length, padded on the right",
     "text.loss",
-    OlmoTextBridge,
+    OlmoTransformerBridge,
     "forward",
     lambda original: TransformerBridge.forward,
 )
@@ -71,7 +71,13 @@ def first_masked(original: Any) -> Any:
     return encode
 
 
-@mutant("text.pads_positioned", "padding on the left", "text.forward", OlmoTextBridge, "forward")
+@mutant(
+    "text.pads_positioned",
+    "padding on the left",
+    "text.forward",
+    OlmoTransformerBridge,
+    "forward",
+)
 def pads_positioned(original: Any) -> Any:
     """Positions count the pads: a shift that no logit shows."""
 

@@ -231,17 +231,3 @@ def frozen(original: Any) -> Any:
             parameter.requires_grad_(False)
 
     return install
-
-
-@mutant("flags.split_bias", "a bias, split inputs", "alive.flags", OlmoAttentionBridge, "_project")
-def split_bias(original: Any) -> Any:
-    """The path of the split inputs loses the projections' biases."""
-
-    def project(self: Any, hidden: torch.Tensor) -> list[torch.Tensor]:
-        projected = original(self, hidden)
-        if not self.forks_input:
-            return projected  # type: ignore[no-any-return]
-        biases = [linear.original_component.bias for linear in (self.q, self.k, self.v)]
-        return [x if bias is None else x - bias for x, bias in zip(projected, biases, strict=True)]
-
-    return project

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from conformance.reproduce import text
 from conformance.reproduce.places import NoTemplateError
-from conformance.reproduce.templates import Act, bare, crash, run, template
+from conformance.reproduce.templates import Act, crash, run, template
 from conformance.spec import DTYPES, PROCESSING, Case
 from conformance.tolerance import of_log_probabilities
 from conformance.verdict import Outcome, Verdict
@@ -57,19 +57,6 @@ def output_attentions(case: Case, verdict: Verdict) -> Act:
             "raise SystemExit(len(got) != len(due))",
         ]
     )
-
-
-@template("alive.flags")
-def flags(case: Case, verdict: Verdict) -> Act:
-    """Logits under flags."""
-    if verdict.outcome is Outcome.ERRORED:
-        raise NoTemplateError("the flags themselves are not there")
-    gap = next((gap for gap in verdict.gaps if bare(gap.site) == "logits"), None)
-    if gap is None:
-        raise NoTemplateError("only gradients differ")
-    turned = [f"bridge.set_{flag}(True)" for flag in _flags(gap.site)]
-    logits = text.verdict("logits under the flags", allowed=1e-3)
-    return Act([*turned, *text.run_model(case), *text.run_bridge(case), *logits])
 
 
 @template("biases.optional")

@@ -3,4 +3,3 @@ from conformance.suite.properties import as_test
 
 test_advertised = as_test(alive.advertised)
 test_output_attentions = as_test(alive.output_attentions)
-test_flags = as_test(alive.flags)

@@ -1,0 +1,155 @@
+"""The flags of a bridge as a state: refused where illegal, copied with it, kept when processed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
+
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
+
+from conformance.checks.compatibility import log_probabilities_of, process
+from conformance.checks.flags import RETURNED, gate_edits
+from conformance.checks.forked import edit_behind_flags, edited_gaps, without_edits
+from conformance.checks.forward import logits_gap
+from conformance.checks.registry import Adapter, check
+from conformance.checks.support import bridge_of, copied, turn
+from conformance.compare import Gap, compare_tensors
+from conformance.forks import Forks
+from conformance.observe import hook_points, observe, sites_of
+from conformance.sites import behind_flags
+from conformance.spec import EXCLUSIVE, FLAGS, Case, ModelSpec, RunSpec
+from conformance.strategies import cases, model_specs
+from conformance.subjects import Subject, bridged, reference
+from conformance.tolerance import of_log_probabilities
+
+
+def _flags_of(subject: Subject) -> dict[str, bool]:
+    bridge = bridge_of(subject)
+    return {flag: bool(getattr(bridge.cfg, flag)) for flag in FLAGS}
+
+
+@check(
+    "flags.refused",
+    "Asking for use_attn_in and use_split_qkv_input together is refused with an error that names "
+    "both, and leaves the flags, hooks and logits as they were.",
+    cases,
+    examples=0.15,
+)
+def refused(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """In either order, by set_use_* and on cfg; and legal once the first is off."""
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    by_cfg = bool(case.run.token_seed % 2)
+    first, second = sorted(EXCLUSIVE, reverse=bool(case.run.token_seed // 2 % 2))
+    turn(subject, [first], True, by_cfg=by_cfg)
+    before, had = observe(subject, case, sites={}, backward=False), _flags_of(subject)
+    bridge = bridge_of(subject)
+    try:
+        if by_cfg:
+            setattr(bridge.cfg, second, True)
+        else:
+            getattr(bridge, f"set_{second}")(True)
+    except Exception as error:
+        if not all(flag in str(error) for flag in EXCLUSIVE):
+            yield Gap(second, "contract", f"refused without naming both flags: {error}")
+    else:
+        yield Gap(second, "contract", f"was not refused while {first} is on")
+    if _flags_of(subject) != had:
+        yield Gap(second, "contract", f"refused, but the flags are now {_flags_of(subject)}")
+    after = observe(subject, case, sites={}, backward=False)
+    yield from logits_gap(before, after, "logits after a refusal")
+    for name in sorted(set(before.fired) ^ set(after.fired)):
+        yield Gap(name, "contract", "fires before a refusal or after it, but not both times")
+    turn(subject, [first], False, by_cfg=by_cfg)
+    turn(subject, [second], True, by_cfg=by_cfg)
+
+
+@check(
+    "flags.copies",
+    "copy.deepcopy of a bridge takes its flags along; those of the copy are its own from then on, "
+    "and edits behind them act on the copy, and on the copy alone.",
+    lambda: cases(runs=gate_edits),
+    examples=0.15,
+)
+def copies(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Copied before or after a forward; flags turned on before copying, or on the copy alone."""
+    taken_along, used = bool(case.run.token_seed % 2), bool(case.run.token_seed // 2 % 2)
+    by_cfg = bool(case.run.token_seed // 4 % 2)
+    original = bridged(case.model, adapter, prepared=case.run.prepared)
+    if taken_along:
+        turn(original, case.run.flags, True)
+    if used:
+        observe(original, without_edits(case), backward=False)
+    twin = copied(original)
+    if taken_along:
+        turn(original, case.run.flags, False)
+    else:
+        turn(twin, case.run.flags, True, by_cfg=by_cfg)
+    crossed: list[str] = []
+    points = hook_points(original)
+    for name, point in points.items():
+        point.add_hook(lambda tensor, hook, name=name: crossed.append(name))
+    for gap in edited_gaps(adapter, twin, case):
+        yield replace(gap, site=f"copy: {gap.site}")
+    for subject, name, on in ((twin, "copy", case.run.flags), (original, "original", ())):
+        wrong = [flag for flag, is_on in _flags_of(subject).items() if is_on != (flag in on)]
+        if wrong:
+            yield Gap(f"{name}: cfg", "contract", f"{wrong} do not say what they were set to")
+    if crossed:
+        yield Gap(crossed[0], "contract", "a hook of the original fired in a forward of its copy")
+    for point in points.values():
+        point.remove_hooks("both")
+    bare = without_edits(case)
+    expected = observe(reference(case.model), bare)
+    actual = observe(original, bare, sites={})
+    yield from logits_gap(expected, actual, "original: logits")
+    for name in sorted(behind_flags(case.model, case.run.flags).keys() & set(actual.fired)):
+        yield Gap(f"original: {name}", "extra", "fires, though only the copy has its flag")
+
+
+def processed_edits() -> SearchStrategy[Case]:
+    """Float32 cases with edits behind flags and any processing that keeps what heads write."""
+    # Not fold_value_biases: it takes a part of what each head writes into the output's bias.
+    kept = ("fold_ln", "center_writing_weights", "center_unembed")
+    sets = [some for size in range(1 + len(kept)) for some in combinations(kept, size)]
+    # Not one_head: of a tensor with no heads it clears one entry, which a centered one has not.
+    kinds = tuple(kind for kind in RETURNED if kind != "one_head")
+
+    def runs(model: ModelSpec) -> SearchStrategy[RunSpec]:
+        return st.builds(
+            lambda run, processing: replace(run, processing=processing, training=False),
+            gate_edits(model, kinds=kinds),
+            st.sampled_from(sets),
+        )
+
+    return cases(models=model_specs(dtypes=st.just("float32")), runs=runs)
+
+
+@check(
+    "flags.compatibility",
+    "In compatibility mode too, flags leave the log-probabilities as they are, and an edit behind "
+    "one has the effect that it has in a computation from scratch of the unprocessed model.",
+    processed_edits,
+    examples=0.2,
+)
+def compatibility(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Flags set before or after the weights are processed."""
+    bare = without_edits(case)
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    early = bool(case.run.token_seed % 2)
+    if early:
+        turn(subject, case.run.flags, True)
+    process(subject, case)
+    if not early:
+        turn(subject, case.run.flags, True)
+    truth, plain = reference(case.model), sites_of(subject, case)
+    for name, its in (("log-probabilities", bare), ("log-probabilities, edited", case)):
+        forks = Forks(its, truth, None, exact=False, everywhere=False)
+        expected = observe(truth, bare, sites=plain, backward=False, recorder=forks)
+        edit_behind_flags(subject, its)
+        actual = observe(subject, bare, sites={}, backward=False)
+        due = log_probabilities_of(expected.logits, case)
+        got = log_probabilities_of(actual.logits, case)
+        gap = compare_tensors(name, due, got, of_log_probabilities())
+        yield from [gap] if gap else []

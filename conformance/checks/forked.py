@@ -1,0 +1,135 @@
+"""A bridge under flags, and beside it the reference, led through copies where the flags ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from transformer_lens.hook_points import HookPoint
+
+from conformance.checks.registry import Adapter
+from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values
+from conformance.edits import edited_head
+from conformance.forks import Forks
+from conformance.observe import Observation, observe, sites_of
+from conformance.sites import Site, behind_flags, sites
+from conformance.spec import Case, Edit
+from conformance.subjects import Subject, at_work, reference
+from conformance.tolerance import Allowance, of_sum
+
+
+def is_exact(adapter: Adapter) -> bool:
+    """Whether an adapter declares that its flags change no bit where nothing is edited."""
+    return bool(getattr(adapter, "exact_flags", False))
+
+
+def without_edits(case: Case) -> Case:
+    """The same case with nothing edited."""
+    return replace(case, run=replace(case.run, edits=()))
+
+
+def firing(subject: Subject, case: Case) -> dict[str, Site]:
+    """Every site that fires under the flags of a case, in the order of execution."""
+    there = {**sites_of(subject, case), **behind_flags(case.model, case.run.flags)}
+    return {name: site for name, site in sites(case.model).items() if name in there}
+
+
+def edit_behind_flags(subject: Subject, case: Case) -> None:
+    """Perform the edits of a case at hooks of a bridge. `observe` removes them."""
+
+    def hook_of(edit: Edit) -> Callable[..., torch.Tensor | None]:
+        def hook(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor | None:
+            new = edited_head(edit, tensor)
+            if edit.kind != "in_place":
+                return new
+            tensor.copy_(new)
+            return None
+
+        return hook
+
+    assert subject.bridge is not None
+    for edit in case.run.edits:
+        with at_work(f"adding a hook at {edit.site}"):
+            # By this name: in compatibility mode a hook point's own is a legacy one.
+            subject.bridge.hook_dict[edit.site].add_hook(hook_of(edit))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What a bridge under flags showed, and what it should have.
+
+    Attributes:
+        expected: The reference's, of every site, those behind the flags included.
+        actual: The bridge's.
+        firing: Every site that fires.
+        comparable: The sites whose gradients can be compared.
+        values: Allowances of values.
+        gradients: Allowances of gradients at sites.
+        parameters: Allowances of gradients of parameters.
+    """
+
+    expected: Observation
+    actual: Observation
+    firing: Mapping[str, Site]
+    comparable: Mapping[str, Site]
+    values: Mapping[str, Allowance]
+    gradients: Mapping[str, Allowance]
+    parameters: Mapping[str, Allowance]
+
+    def gaps(self) -> Iterator[Gap]:
+        """Everything, in the order of execution."""
+        yield from compare_values(self.expected, self.actual, self.firing, allowances=self.values)
+        if self.actual.parameter_gradients:
+            yield from compare_gradients(
+                self.expected, self.actual, self.comparable, self.gradients
+            )
+            yield from compare_parameters(self.expected, self.actual, self.parameters)
+
+
+def paired(adapter: Adapter, subject: Subject, case: Case) -> Pair:
+    """Run a bridge, its flags on, and the reference, both with the case's edits behind the flags.
+
+    Only a run in one chunk with no edit in place goes backwards.
+    """
+    backward = case.run.chunks == 1 and all(edit.kind != "in_place" for edit in case.run.edits)
+    exact, bare, every = is_exact(adapter), without_edits(case), firing(subject, case)
+    plain = {name: site for name, site in every.items() if not site.flag}
+    edit_behind_flags(subject, case)
+    watched = {name: site for name, site in every.items() if not site.derived}
+    actual = observe(subject, bare, sites=watched, backward=backward)
+    truth, pure = reference(case.model), exact and not case.run.edits
+    forks = Forks(case, truth, actual, exact=exact, everywhere=pure or not exact)
+    expected = observe(truth, bare, sites=plain, backward=backward, recorder=forks)
+    if pure:  # then copies are for what only they have
+        untouched = observe(truth, bare, sites=plain, backward=backward)
+        expected = replace(
+            untouched,
+            values={**expected.values, **untouched.values},
+            gradients={**expected.gradients, **untouched.gradients},
+        )
+
+    def allowed(sizes: Mapping[str, float], through_norm: bool = False) -> dict[str, Allowance]:
+        dtype = getattr(torch, case.model.dtype)
+        return {
+            name: of_sum(dtype, size, through_norm=through_norm)
+            for name, size in sizes.items()
+            if not pure or name.partition("#")[0] in forks.gates
+        }
+
+    return Pair(
+        expected,
+        actual,
+        every,
+        {name: site for name, site in watched.items() if pure or forks.has_gradient(name)},
+        allowed(forks.sizes),
+        allowed(forks.gradient_sizes, through_norm=True),
+        allowed(forks.parameter_sizes),
+    )
+
+
+def edited_gaps(adapter: Adapter, subject: Subject, case: Case) -> Iterator[Gap]:
+    """What edits behind flags come to. What goes silent is for `flags.hooks` to say."""
+    edited = {edit.site for edit in case.run.edits}
+    gaps = paired(adapter, subject, case).gaps()
+    yield from (gap for gap in gaps if gap.kind != "missing" or gap.site in edited)
