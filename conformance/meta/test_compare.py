@@ -313,3 +313,55 @@ def test_gaps_of_parameters_are_told_from_the_last_layer_to_the_first() -> None:
         ("b", "extra"),
         ("a", "gradient"),
     ]
+
+
+def test_every_gap_says_what_is_wrong() -> None:
+    """What a reader sees first."""
+    there = observed(fired=("second", "first", "first", "extra"), fired_backward=("third", "third"))
+    fewer = observed(gradients={"second": tensor(1.0, 2.0)}, fired_backward=("second",))
+    other = observed(parameter_gradients={"w": None, "b": tensor(1.0)})
+    said = [
+        *compare_values(observed(), there, SITES),
+        *compare_gradients(observed(), there, SITES),
+        *compare_gradients(fewer, observed(), SITES),
+        *compare_parameters(observed(), other),
+        *compare_values(observed(), observed(logits=NEAR.flip(0) * 2), SITES),
+    ]
+    assert [str(gap) for gap in said] == [
+        "first: count: fired 2 times instead of once",
+        "second: order: fired where first was due",
+        "third: missing: never fired",
+        "extra: extra: fired, but neither the contract nor the adapter declares it",
+        "third: count: fired backwards 2 times",
+        "second: missing: no gradient reached the backward hook",
+        "first: missing: no gradient reached the backward hook",
+        "third: extra: has a gradient that the reference has not",
+        "first: extra: has a gradient that the reference has not",
+        "b: extra: gradient: one",
+        "w: missing: gradient: none",
+        "logits: value: 2 of 2 differ, greatest 1.0e+00 at (0,) (relative 1.0e+00), "
+        "allowed 0 (bitwise: float32 eager)",
+    ]
+
+
+def test_every_dtype_is_named_where_it_must_be_bitwise() -> None:
+    for dtype, name in ((torch.float64, "float64"), (torch.bfloat16, "bfloat16")):
+        ones = torch.ones(2, dtype=dtype)
+        (gap,) = compare_values(observed(logits=ones), observed(logits=ones * 2), SITES)
+        assert f"allowed 0 (bitwise: {name} eager)" in gap.detail
+        gradients = {"second": ones}
+        due, got = observed(gradients=gradients), observed(gradients={"second": ones * 2})
+        gaps = [gap for gap in compare_gradients(due, got, SITES) if gap.site == "second"]
+        assert [f"bitwise: {name} eager" in gap.detail for gap in gaps] == [True]
+        weights = [observed(parameter_gradients={"w": ones * scale}) for scale in (1, 2)]
+        (gap,) = compare_parameters(*weights)
+        assert f"bitwise: {name} eager" in gap.detail
+
+
+def test_a_difference_from_an_infinity_has_no_relative_size() -> None:
+    gap = compare_tensors("site", tensor(INF, 4.0), tensor(1.0, 4.0), BITWISE)
+    assert gap is not None
+    assert gap.detail == "1 of 2 differ, greatest inf at (0,), allowed 0 (bitwise: float32 eager)"
+    quarter = compare_tensors("site", tensor(4.0), tensor(5.0), BITWISE)
+    assert quarter is not None
+    assert "(relative 2.5e-01)" in quarter.detail

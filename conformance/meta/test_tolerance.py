@@ -16,10 +16,20 @@ from conformance.tolerance import (
     FLOAT32_ULP,
     Allowance,
     exactly,
+    of_chunks,
+    of_composition,
     of_gradient,
+    of_head_product,
     of_log_probabilities,
     of_loss,
+    of_loss_gradient,
+    of_other_attention,
+    of_processed,
+    of_product,
+    of_rounding,
     of_second_derivative,
+    of_sum,
+    of_sum_by_head,
     of_value,
 )
 
@@ -281,3 +291,65 @@ def test_log_probabilities_have_an_absolute_bound() -> None:
     for expected in torch.tensor([-20.0, -0.1]):
         assert agree(expected, expected + 4e-5, of_log_probabilities())
         assert not agree(expected, expected + 6e-5, of_log_probabilities())
+
+
+# --- each bound, in numbers: nobody widens one by accident
+
+F32, F64, BF16 = 2.0**-23, 2.0**-52, 2.0**-7
+SIZES = torch.tensor([[1.0, -4.0], [torch.inf, 2.0]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("allowance", "rtol", "atol", "reason"),
+    [
+        (exactly(torch.bfloat16), 0, 0, "bitwise: bfloat16 eager"),
+        (of_loss(torch.float32), 8 * F32, 0, "another order of summation in float32"),
+        (of_loss(torch.bfloat16), 8 * F32 + BF16, BF16, "the log-softmax in a shorter dtype"),
+        (of_second_derivative(torch.tensor([3.0, -5.0])), 0, 5e-5, "1e-5 of the greatest entry"),
+        (of_log_probabilities(), 0, 5e-5, "processed weights: other roundings"),
+        (of_sum_by_head(torch.tensor([2.0, -3.0])), 0, 3e-3, "summed by head"),
+        (of_sum_by_head(torch.tensor([1e-9])), 0, 1e-6, "summed by head"),
+        (of_sum_by_head(torch.zeros(0)), 0, 1e-6, "summed by head"),
+        (of_other_attention(4.0), 0, 8e-5, "2e-5 of the greatest entry: sdpa"),
+        (of_chunks(torch.tensor([2.0, -3.0])), 0, 3e-5, "1e-5 of the greatest entry: products"),
+        (of_chunks(torch.zeros(0)), 0, 0, "products of other sizes"),
+        # [1, 4] @ [1, 2] and [1, 4] @ [3, 4] are 9 and 19; [2, 1] has 4 and 10.
+        (
+            of_product(
+                torch.tensor([[1.0, -4.0], [2.0, 1.0]]),
+                torch.tensor([[1.0, -3.0], [-2.0, 4.0]]),
+                torch.float32,
+            ),
+            0,
+            2 * F32 * 19,
+            "a product of matrices",
+        ),
+        (of_composition(torch.float32), 0, 16 * F32, "singular values"),
+        (of_composition(torch.float64), 0, 32 * F64, "singular values"),
+        (of_processed(SIZES, torch.float32), 0, 2 * F32 * 4, "processed weights"),
+        (of_processed(SIZES, torch.float64), 0, 2 * F64 * 4, "another order of summation"),
+        (of_processed(SIZES, torch.bfloat16), BF16, 2 * F32 * 4, "processed weights"),
+        (of_head_product(SIZES.abs(), torch.bfloat16), BF16, BF16 * 4, "a head's own product"),
+        (of_loss_gradient(torch.float32, 4), 2 * F32, 2 * F32 / 4, "by each formula"),
+        (of_sum(torch.float64, 3.0), 2 * F64, 6 * F64, "another order of summation"),
+        (of_sum(torch.float64, 3.0, through_norm=True), 2 * F32, 6 * F32, "summation"),
+        (of_sum(torch.bfloat16, 3.0, through_norm=True), 2 * BF16, 6 * BF16, "summation"),
+    ],
+    ids=str,
+)
+def test_a_bound_is_what_was_measured(
+    allowance: Allowance, rtol: float, atol: float, reason: str
+) -> None:
+    assert allowance.rtol == pytest.approx(rtol, rel=1e-12)
+    assert allowance.atol == pytest.approx(atol, rel=1e-12)
+    assert reason in allowance.reason
+
+
+def test_a_rounding_is_the_greatest_of_the_nudged_runs_and_masked_scores_have_no_size() -> None:
+    lowest = torch.finfo(torch.float32).min
+    plain = torch.tensor([1.0, -4.0, lowest])
+    nudged = [plain.clone(), plain + torch.tensor([0.0, 2.0**-10, 0.0])]
+    allowance = of_rounding(plain, nudged)
+    assert allowance.rtol == 0
+    assert allowance.atol == pytest.approx(8 * (2.0**-10 + 4 * F32), rel=1e-12)
+    assert "as far as roundings move the reference" in allowance.reason
