@@ -10,8 +10,9 @@ import torch
 from transformer_lens import ActivationCache
 from transformer_lens.utilities.slice import Slice
 
-from conformance.checks.pieces import Piece, Taken, taken, told_of, total
+from conformance.checks.pieces import Piece, total
 from conformance.checks.registry import Adapter, check
+from conformance.checks.taken import Taken, taken, told_of
 from conformance.compare import Gap
 from conformance.spec import Case
 from conformance.strategies import cases

@@ -8,7 +8,6 @@ from functools import partial
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from conformance.checks.attributions import shares_gaps
 from conformance.checks.compatibility import processed_runs
 from conformance.checks.decompositions import (
     accumulated_gaps,
@@ -17,8 +16,9 @@ from conformance.checks.decompositions import (
     heads_gaps,
     neurons_gaps,
 )
-from conformance.checks.pieces import taken
 from conformance.checks.registry import Adapter, check
+from conformance.checks.shares import shares_gaps
+from conformance.checks.taken import taken
 from conformance.compare import Gap
 from conformance.spec import Case
 from conformance.strategies import cases, model_specs

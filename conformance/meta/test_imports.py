@@ -36,6 +36,7 @@ def test_importing_is_light(module: str, heavy: tuple[str, ...]) -> None:
 SINCE_3_0 = {
     ("transformer_lens", "ActivationCache"),
     ("transformer_lens", "FactoredMatrix"),
+    ("transformer_lens", "patching"),
     ("transformer_lens.config", "TransformerBridgeConfig"),
     ("transformer_lens.factories.architecture_adapter_factory", "ArchitectureAdapterFactory"),
     ("transformer_lens.hook_points", "HookPoint"),

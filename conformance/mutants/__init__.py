@@ -2,6 +2,7 @@
 
 from conformance.mutants import (
     accessors,
+    analysis,
     attention,
     cached_pieces,
     caches,
@@ -39,6 +40,7 @@ __all__ = [
     "Kill",
     "Mutant",
     "accessors",
+    "analysis",
     "attention",
     "cached_pieces",
     "caches",

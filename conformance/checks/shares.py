@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from conformance.checks.pieces import Piece, Taken, taken, told_of
+from conformance.checks.pieces import Piece
 from conformance.checks.registry import Adapter, check
+from conformance.checks.taken import Taken, taken, told_of
 from conformance.compare import Gap, bitwise
 from conformance.spec import Case
 from conformance.strategies import cases
@@ -39,7 +40,7 @@ def _picked(run: Taken, tensor: torch.Tensor, rows: Any) -> torch.Tensor:
 
 
 @check(
-    "attributions.norms",
+    "decompositions.norms",
     "apply_ln_to_stack subtracts the mean and divides by the LayerNorm's own denominator, of the "
     "layer, positions and rows asked for; recomputed, by Hugging Face's final norm, bit for bit.",
     cases,
@@ -132,7 +133,7 @@ def shares_gaps(run: Taken) -> Iterator[Gap]:
 
 
 @check(
-    "attributions.logits",
+    "decompositions.logits",
     "logit_attrs gives each component's share of the logits of tokens, or of their difference to "
     "other tokens, and the shares sum to Hugging Face's own, for the tokens, positions and rows "
     "asked for.",
@@ -164,7 +165,7 @@ _STACKED = {
 
 
 @check(
-    "attributions.stacked",
+    "decompositions.stacked",
     "stack_activation gives Hugging Face's own tensors of all layers before the one asked for, bit "
     "for bit, and so does the cache by name and layer, from the front and from the end.",
     cases,
