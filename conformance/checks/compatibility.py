@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
+from conformance.checks.support import bridge_of
 from conformance.compare import Gap, compare_tensors
 from conformance.inputs import inputs
 from conformance.observe import observe, sites_of
@@ -185,3 +186,26 @@ def trains(adapter: Adapter, case: Case) -> Iterator[Gap]:
     for name, parameter in bridge.named_parameters():
         if parameter.grad is None:
             yield Gap(name, "missing", "no gradient")
+
+
+@check(
+    "compatibility.frozen",
+    "What is frozen stays so when weights are processed, and what is trained goes on being "
+    "trained; what processing adds is frozen where all else is.",
+    processed_cases,
+    examples=0.15,
+)
+def frozen(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Processed weights are new parameters. Of three cases one freezes all, two every other."""
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    bridge = bridge_of(subject)
+    before = dict(bridge.named_parameters())
+    chosen = case.run.token_seed % 3
+    held = [name for at, name in enumerate(before) if not chosen or at % 2 == chosen % 2]
+    for name in held:
+        before[name].requires_grad_(False)
+    process(subject, case)
+    for name, parameter in bridge.named_parameters():
+        due = name not in held if name in before else len(held) < len(before)
+        if parameter.requires_grad is not due:
+            yield Gap(name, "contract", f"is {'frozen' if due else 'trained'} afterwards")

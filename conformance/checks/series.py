@@ -96,7 +96,7 @@ def series_gaps(adapter: Adapter, case: Case, *, derived: bool) -> list[Gap]:
     "every gradient and every parameter's gradient of the bridged and of the exactly patched model "
     "is the reference's.",
     series,
-    examples=0.5,
+    examples=0.25,
 )
 def everything(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """What one run leaves behind in a bridge shows in the next."""

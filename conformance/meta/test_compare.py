@@ -353,8 +353,8 @@ def test_every_dtype_is_named_where_it_must_be_bitwise() -> None:
         due, got = observed(gradients=gradients), observed(gradients={"second": ones * 2})
         gaps = [gap for gap in compare_gradients(due, got, SITES) if gap.site == "second"]
         assert [f"bitwise: {name} eager" in gap.detail for gap in gaps] == [True]
-        weights = [observed(parameter_gradients={"w": ones * scale}) for scale in (1, 2)]
-        (gap,) = compare_parameters(*weights)
+        due, got = (observed(parameter_gradients={"w": ones * scale}) for scale in (1, 2))
+        (gap,) = compare_parameters(due, got)
         assert f"bitwise: {name} eager" in gap.detail
 
 
