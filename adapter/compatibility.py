@@ -81,6 +81,15 @@ class OlmoTransformerBridge(OlmoCalls, OlmoTextBridge, WholeStateBridge):
         forget_output_recorders(self.original_model)
         return super().__reduce_ex__(protocol)
 
+    def accumulated_bias(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Sum the biases up to a layer, ``[d_model]``, in the model's dtype.
+
+        TransformerLens sums them in float32 at least: a cache's full decomposition then came out in
+        float32, or could not be projected onto directions of any other dtype.
+        """
+        bias: torch.Tensor = super().accumulated_bias(*args, **kwargs)
+        return bias.to(self.W_E.dtype)
+
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         """Run and cache; refuse a name whose hook fires only under a flag that is off."""
         given = signature(super().run_with_cache).bind(*args, **kwargs).arguments

@@ -143,3 +143,18 @@ def test_the_same_cast_and_back() -> None:
     reference, bridge = models.pair(**SHAPES["gqa-clip-bias"])
     for dtype in (torch.bfloat16, torch.float32):
         assert same(bridge.to(dtype)(TOKENS), reference.to(dtype)(TOKENS).logits)
+
+
+@pytest.mark.parametrize("shape", ["plain", "gqa-clip-bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_full_decomposition_is_projected_in_every_dtype(dtype: Any, shape: Any) -> None:
+    reference, bridge = models.pair(dtype=dtype, **SHAPES[shape])
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(TOKENS)
+        direction = reference.lm_head.weight[3]
+        stack = cache.get_full_resid_decomposition(project_output_onto=direction)
+    assert stack.dtype == dtype
+    assert cache.get_full_resid_decomposition().dtype == dtype
+    residual = cache["resid_post", 1].double() @ direction.double()
+    size = stack.double().abs().sum(0).max()
+    assert (stack.double().sum(0) - residual).abs().max() < 4 * torch.finfo(dtype).eps * size

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from hypothesis.strategies import SearchStrategy
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities.slice import Slice
 from transformers import DynamicCache
 
 from conformance.checks.hooking import (
@@ -22,7 +21,7 @@ from conformance.checks.hooking import (
 )
 from conformance.checks.interventions import edited_runs
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import in_one_forward
+from conformance.checks.support import drawing, in_one_forward, some_positions
 from conformance.compare import Gap, compare_tensors
 from conformance.edits import edited
 from conformance.inputs import inputs
@@ -71,34 +70,10 @@ def _some_names(
     return filters[draw(len(filters))]
 
 
-def _some_positions(length: int, draw: Callable[[int], int]) -> tuple[Any, Collection[int]]:
-    """A pos_slice, and the positions that it picks of ``length``."""
-    every = range(length)
-    one = draw(2 * length) - length
-    start, stop = draw(2 * length + 1) - length, draw(2 * length + 1) - length
-    some = [draw(2 * length) - length for _ in range(1 + draw(3))]
-    ways: list[tuple[Any, Collection[int]]] = [
-        (None, every),
-        (one, [every[one]]),
-        ((stop,), every[:stop]),
-        ((start, stop), every[start:stop]),
-        ((start, None, 2), every[start::2]),
-        (slice(start, stop), every[start:stop]),
-        (some, [every[at] for at in some]),
-        (torch.tensor(some), [every[at] for at in some]),
-        (Slice((start, stop)), every[start:stop]),
-    ]
-    return ways[draw(len(ways))]
-
-
 def _wish(case: Case, every: Mapping[str, Site]) -> _Wish:
-    generator = torch.Generator().manual_seed(case.run.token_seed)
-
-    def draw(below: int) -> int:
-        return int(torch.randint(below, (), generator=generator))
-
+    draw = drawing(case)
     names_filter, names = _some_names(every, draw)
-    pos_slice, positions = _some_positions(case.run.seq_len, draw)
+    pos_slice, positions = some_positions(case.run.seq_len, draw)
     named = {
         "names_filter": names_filter,
         "pos_slice": pos_slice,

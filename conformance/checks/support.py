@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import (
     AbstractContextManager,
     contextmanager,
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
+from transformer_lens.utilities.slice import Slice
 
 from conformance.checks.registry import Adapter
 from conformance.compare import Gap, compare_tensors
@@ -37,6 +38,32 @@ def blaming(subject: Subject, stage: str) -> AbstractContextManager[None]:
 def in_one_forward(case: Case, **changes: Any) -> Case:
     """The same case with its whole input fed at once, and other changes of its run."""
     return replace(case, run=replace(case.run, chunks=1, **changes))
+
+
+def drawing(case: Case) -> Callable[[int], int]:
+    """What draws whole numbers below a bound from a case: for choices that the spec has not."""
+    generator = torch.Generator().manual_seed(case.run.token_seed)
+    return lambda below: int(torch.randint(below, (), generator=generator))
+
+
+def some_positions(length: int, draw: Callable[[int], int]) -> tuple[Any, Collection[int]]:
+    """A pos_slice, and the positions that it picks of ``length``."""
+    every = range(length)
+    one = draw(2 * length) - length
+    start, stop = draw(2 * length + 1) - length, draw(2 * length + 1) - length
+    some = [draw(2 * length) - length for _ in range(1 + draw(3))]
+    ways: list[tuple[Any, Collection[int]]] = [
+        (None, every),
+        (one, [every[one]]),
+        ((stop,), every[:stop]),
+        ((start, stop), every[start:stop]),
+        ((start, None, 2), every[start::2]),
+        (slice(start, stop), every[start:stop]),
+        (some, [every[at] for at in some]),
+        (torch.tensor(some), [every[at] for at in some]),
+        (Slice((start, stop)), every[start:stop]),
+    ]
+    return ways[draw(len(ways))]
 
 
 def sites_to_hook(subject: Subject, case: Case) -> dict[str, Site]:

@@ -142,15 +142,17 @@ def read_right(adapter: Adapter, case: Case) -> Iterator[Gap]:
                 found["unembed.W_U"].T[tokens].squeeze((0, 1) if tokens.numel() == 1 else ()),  # type: ignore[union-attr]
                 bridge.tokens_to_residual_directions(tokens),
             ),
-            f"accumulated_bias({block})": (
-                _accumulated(found, block),
-                bridge.accumulated_bias(block),
-            ),
+        }
+        biases = {
+            f"accumulated_bias({block})": (block, bridge.accumulated_bias(block)),
             f"accumulated_bias({block}, mlp_input=True)": (
-                _accumulated(found, block + 1),
+                block + 1,
                 bridge.accumulated_bias(block, mlp_input=True),
             ),
         }
+        for name, (layers_summed, bias) in biases.items():
+            # In float32 or, what a projection needs, in the model's dtype.
+            sums[name] = (_accumulated(found, layers_summed).to(bias.dtype), bias)
         yield from exact_gaps(
             {name: pair[0] for name, pair in sums.items()},
             {name: pair[1] for name, pair in sums.items()},

@@ -25,6 +25,7 @@ from conformance.tolerance import (
     of_loss,
     of_loss_gradient,
     of_other_attention,
+    of_pieces,
     of_processed,
     of_processed_attribution,
     of_product,
@@ -364,3 +365,26 @@ def test_a_rounding_is_the_greatest_of_the_nudged_runs_and_masked_scores_have_no
     assert allowance.rtol == 0
     assert allowance.atol == pytest.approx(8 * (2.0**-10 + 4 * F32), rel=1e-12)
     assert "as far as roundings move the reference" in allowance.reason
+
+
+@pytest.mark.parametrize("dtype", [*LONG, *SHORT], ids=str)
+def test_pieces_may_be_summed_in_another_order_and_no_term_is_missed(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(7)
+    for _ in range(200):
+        terms = torch.randn((8, 16), generator=draw).to(dtype)
+        due, size = terms.double().sum(0), terms.double().abs().sum(0)
+        got = (torch.ones(8, dtype=dtype) @ terms).double()
+        allowance = of_pieces(size, dtype, False, False)
+        assert agree(due, got, allowance)
+        assert not agree(due, got + 4 * torch.finfo(dtype).eps * size.max(), allowance)
+
+
+def test_the_allowance_of_pieces_knows_a_float32_scale_and_processing() -> None:
+    size = torch.tensor([0.5, 2.0], dtype=torch.double)
+    for normalized, processed, factor in (
+        (False, False, 3 * 2.0**-52),
+        (True, False, 3 * ULP),
+        (True, True, 32 * ULP),
+    ):
+        allowance = of_pieces(size, torch.float64, normalized, processed)
+        assert (allowance.atol, allowance.rtol) == (2 * factor, 0)
