@@ -10,12 +10,15 @@ import torch
 
 from conformance.compare import (
     Gap,
+    bitwise,
     compare_firing,
     compare_gradients,
     compare_parameters,
     compare_tensors,
     compare_values,
     in_order,
+    labelled,
+    within,
 )
 from conformance.observe import Observation
 from conformance.sites import Port, Site, sites
@@ -365,3 +368,24 @@ def test_a_difference_from_an_infinity_has_no_relative_size() -> None:
     quarter = compare_tensors("site", tensor(4.0), tensor(5.0), BITWISE)
     assert quarter is not None
     assert "(relative 2.5e-01)" in quarter.detail
+
+
+def test_one_tensor_s_gap_if_there_is_one() -> None:
+    assert not list(bitwise("site", tensor(1.0), tensor(1.0)))
+    (gap,) = bitwise("site", tensor(1.0), NEAR[:1], kind="gradient")
+    assert (gap.site, gap.kind) == ("site", "gradient")
+    assert "allowed 0 (bitwise: float32 eager)" in gap.detail
+    assert [gap.kind for gap in bitwise("site", tensor(1.0), NEAR[:1])] == ["value"]
+    loose = Allowance(0.0, 1e-3, "loose")
+    assert not list(within(loose, "site", tensor(1.0), NEAR[:1]))
+    (gap,) = within(loose, "site", tensor(1.0), tensor(1.1), kind="gradient")
+    assert (gap.site, gap.kind) == ("site", "gradient")
+    assert [gap.kind for gap in within(loose, "site", tensor(1.0), tensor(1.1))] == ["value"]
+
+
+def test_a_label_stands_before_the_site_and_changes_nothing_else() -> None:
+    gap = Gap("site", "value", "off", 1.0, (2,))
+    assert (
+        list(labelled("in a copy", [gap, gap]))
+        == [Gap("in a copy: site", "value", "off", 1.0, (2,))] * 2
+    )

@@ -219,15 +219,14 @@ add(
     "processing.frozen",
     "compatibility mode",
     "compatibility.trains",
-    BranchLinearBridge,
-    "set_processed_weights",
+    OlmoTransformerBridge,
+    "process_weights",
 )
 def frozen(original: Any) -> Any:
     """Processed weights no longer train."""
 
-    def install(self: Any, *args: Any, **kwargs: Any) -> None:
+    def process(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        for parameter in self.original_component.parameters():
-            parameter.requires_grad_(False)
+        self.blocks[-1].mlp.requires_grad_(False)
 
-    return install
+    return process
