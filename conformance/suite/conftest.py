@@ -22,9 +22,12 @@ if os.environ.get(DATABASE_VARIABLE):
     settings.load_profile("conformance")
 
 
+LONG = ("published", "test_series", "test_machine", "test_interventions", "test_hooks")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test first, so that the other workers do not wait for it at the end."""
-    items.sort(key=lambda item: "published" not in item.nodeid)
+    """The longest tests first, so that the other workers do not wait for them at the end."""
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
 
 
 def pytest_collection_finish() -> None:

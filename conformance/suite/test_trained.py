@@ -16,6 +16,7 @@ from conformance.verdict import Outcome
 ELSEWHERE = {
     "compatibility.value_biases": "the trained model has no biases",
     "patch.no_clip": "the trained model has a clip",
+    "compiled.patched": "seconds of compiling, to which weights are nothing",
 }
 
 
