@@ -343,7 +343,7 @@ SIZES = torch.tensor([[1.0, -4.0], [torch.inf, 2.0]], dtype=torch.float64)
             "a product of matrices",
         ),
         (
-            lambda: of_product(torch.ones(1, 64), torch.ones(64, 1), torch.float32),
+            lambda: of_product(torch.ones(5, 64), torch.ones(64, 1), torch.float32),
             0,
             4 * F32 * 64,
             "another order of summation",
@@ -363,6 +363,14 @@ SIZES = torch.tensor([[1.0, -4.0], [torch.inf, 2.0]], dtype=torch.float64)
         (lambda: of_attribution(SIZES.abs(), torch.float32), 0, 8 * F32, "a share of a logit"),
         (lambda: of_attribution(SIZES.abs(), torch.bfloat16), 0, 8 * BF16, "from its own terms"),
         (lambda: of_processed_attribution(SIZES.abs()), 0, 256 * F32, "in all parts before"),
+        (
+            lambda: of_pieces(SIZES.abs(), torch.float64, False, False),
+            0,
+            12 * F64,
+            "pieces by hand",
+        ),
+        (lambda: of_pieces(SIZES.abs(), torch.float64, True, False), 0, 12 * F32, "pieces by hand"),
+        (lambda: of_pieces(SIZES.abs(), torch.bfloat16, True, True), 0, 128 * BF16, "summation"),
         (lambda: of_sum(torch.float64, 3.0), 2 * F64, 6 * F64, "another order of summation"),
         (lambda: of_sum(torch.float64, 3.0, through_norm=True), 2 * F32, 6 * F32, "summation"),
         (lambda: of_sum(torch.bfloat16, 3.0, through_norm=True), 2 * BF16, 6 * BF16, "summation"),
@@ -372,8 +380,8 @@ def test_a_bound_is_what_was_measured(
     make: Callable[[], Allowance], rtol: float, atol: float, reason: str
 ) -> None:
     allowance = make()  # here, so that a mutated bound is the one that is looked at
-    assert allowance.rtol == pytest.approx(rtol, rel=1e-12)
-    assert allowance.atol == pytest.approx(atol, rel=1e-12)
+    assert allowance.rtol == pytest.approx(rtol, rel=1e-12, abs=0)
+    assert allowance.atol == pytest.approx(atol, rel=1e-12, abs=0)
     assert reason in allowance.reason
 
 
@@ -383,7 +391,7 @@ def test_a_rounding_is_the_greatest_of_the_nudged_runs_and_masked_scores_have_no
     nudged = [plain.clone(), plain + torch.tensor([0.0, 2.0**-10, 0.0])]
     allowance = of_rounding(plain, nudged)
     assert allowance.rtol == 0
-    assert allowance.atol == pytest.approx(8 * (2.0**-10 + 4 * F32), rel=1e-12)
+    assert allowance.atol == pytest.approx(8 * (2.0**-10 + 4 * F32), rel=1e-12, abs=0)
     assert "as far as roundings move the reference" in allowance.reason
 
 
