@@ -17,7 +17,7 @@ from conformance.spec import Case
     "mode, forwards, backwards, generation, hooks that raise) a bridge equals a fresh reference in "
     "the same state.",
     sequences,
-    examples=0.5,
+    examples=0.4,
 )
 def steps(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Step by step until one leaves a gap. ``suite/test_machine.py`` drives the same machine."""
