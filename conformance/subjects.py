@@ -22,6 +22,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformers import OlmoConfig, OlmoForCausalLM, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
+from transformers.initialization import no_init_weights
 
 from conformance.data import TRAINED
 from conformance.spec import PROJECTIONS, ModelSpec, SpecError
@@ -134,7 +135,7 @@ def _fill(parameters: Mapping[str, nn.Parameter], model: ModelSpec) -> None:
         for parameter in parameters.values():
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
             wide = torch.promote_types(parameter.dtype, torch.float32)
-            parameter.copy_(drawn.to(wide) * model.weight_scale)
+            parameter.copy_(drawn.to(wide).mul_(model.weight_scale))
 
 
 def redraw(subjects: Iterable[Subject], model: ModelSpec) -> None:
@@ -174,10 +175,11 @@ def hf_model(model: ModelSpec, attention: str = "eager") -> OlmoForCausalLM:
     Raises:
         SpecError: If trained weights are asked for and the sizes are not theirs.
     """
-    with torch.random.fork_rng(devices=[]):
+    with no_init_weights():  # all are drawn below
         built = OlmoForCausalLM._from_config(  # type: ignore[no-untyped-call]
             hf_config(model, attention), dtype=getattr(torch, model.dtype)
         )
+    built.tie_weights()
     for layer in built.model.layers if model.biases else ():
         for letter in set(PROJECTIONS) - set(model.biases):
             getattr(layer.self_attn, f"{letter}_proj").bias = None
