@@ -7,6 +7,7 @@ adapter is wrong.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,6 +59,23 @@ def test_equal_models_agree_bit_for_bit(dtype: str) -> None:
         assert gradient is not None
         assert other is not None
         assert torch.equal(gradient, other)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("rope", ["default", "yarn"])
+def test_a_model_is_what_hugging_face_loads(rope: str, tied: bool, tmp_path: Path) -> None:
+    """The kit skips Hugging Face's drawing of weights: nothing else must be skipped with it."""
+    model = replace(CLIPPED, dtype="bfloat16", rope_type=rope, tie_word_embeddings=tied)
+    before = torch.get_rng_state()
+    built = reference(model).model
+    assert torch.equal(torch.get_rng_state(), before)
+    built.save_pretrained(tmp_path)
+    loaded = type(built).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    tensors = dict(built.named_buffers()) | dict(built.named_parameters(remove_duplicate=False))
+    due = dict(loaded.named_buffers()) | dict(loaded.named_parameters(remove_duplicate=False))
+    assert list(tensors) == list(due)
+    assert all(torch.equal(tensor, due[name]) for name, tensor in tensors.items())
+    assert (built.lm_head.weight is built.model.embed_tokens.weight) is tied
 
 
 def test_a_clip_and_a_full_backward_hook_crash_the_raw_model(tokens: torch.Tensor) -> None:
