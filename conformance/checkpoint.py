@@ -11,7 +11,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 from transformers import AutoConfig, AutoTokenizer, OlmoConfig, OlmoForCausalLM
 
-from conformance.spec import SpecError
+from conformance.fields import SpecError
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 LARGE = 2**20  # bytes of a block that is mapped on its own

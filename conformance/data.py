@@ -6,7 +6,8 @@ import json
 from functools import cache
 from pathlib import Path
 
-from conformance.spec import ModelSpec, Record, load
+from conformance.records import Record, load
+from conformance.spec import ModelSpec
 
 _HERE = Path(__file__).parent
 FIXTURES = _HERE / "fixtures" if (_HERE / "fixtures").is_dir() else _HERE.parent / "fixtures"

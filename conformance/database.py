@@ -8,8 +8,8 @@ from pathlib import Path
 
 from hypothesis.database import DirectoryBasedExampleDatabase, ExampleDatabase
 
+from conformance.fields import SpecError
 from conformance.profiles import DATABASE_VARIABLE
-from conformance.spec import SpecError
 
 
 @cache

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from conformance.spec import SpecError
+from conformance.fields import SpecError
 
 
 class Journal:

@@ -47,7 +47,9 @@ from packaging.version import InvalidVersion, Version
 
 from conformance.data import FIXTURES
 from conformance.defects import DEFAULTS, DERIVED, KINDS, SUBJECTS, Defect, Known, Showing
-from conformance.spec import EDITS, SpecError, case_of
+from conformance.fields import SpecError
+from conformance.records import case_of
+from conformance.spec import EDITS
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conformance.defects import Showing
+from conformance.fields import SpecError
 from conformance.history import table
 from conformance.ledger import ledger
-from conformance.spec import Record, SpecError, load
+from conformance.records import Record, load
 
 if TYPE_CHECKING:
     from conformance.verdict import Verdict

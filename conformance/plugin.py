@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from conformance.fields import SpecError
 from conformance.profiles import (
     ADAPTER_VARIABLE,
     DATABASE_VARIABLE,
@@ -28,7 +29,7 @@ from conformance.profiles import (
     chosen_dtypes,
     uses_ledger,
 )
-from conformance.spec import DTYPES, SpecError
+from conformance.spec import DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Generator

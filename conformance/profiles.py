@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from conformance.spec import DTYPES, SpecError
+from conformance.fields import SpecError
+from conformance.spec import DTYPES
 
 FAILURES = "conformance-failures"  # the folder that replay lines point into
 DEFAULT_ADAPTER = "adapter:OlmoArchitectureAdapter"

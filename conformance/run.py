@@ -19,9 +19,10 @@ from conformance.checks import REGISTRY, Check
 from conformance.checks.registry import Adapter, adapter_name
 from conformance.database import chosen_database
 from conformance.defects import Known
+from conformance.fields import SpecError
 from conformance.ledger import known
 from conformance.profiles import ADAPTER_VARIABLE, DEFAULT_ADAPTER, Profile, chosen, profile
-from conformance.spec import Case, SpecError
+from conformance.spec import Case
 from conformance.trial import Trial
 from conformance.verdict import ConformanceError, Verdict
 

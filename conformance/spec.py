@@ -7,14 +7,18 @@ is validated when it is made: a spec that exists can be built.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypeVar
 
-FORMAT_VERSION = 1
+from conformance.fields import (
+    boolean,
+    finite,
+    integer,
+    one_of,
+    positive,
+    require,
+    subset,
+    tuple_of,
+)
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 PROJECTIONS = ("q", "k", "v", "o")
@@ -59,71 +63,6 @@ MAX_SEED = 2**31 - 1
 GREATEST_CLIP = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38, "float64": 1.79e308}
 
 
-class SpecError(ValueError):
-    """A value no model or run can have: names the field, the value and what is allowed."""
-
-    def __init__(self, field_name: str, value: object, allowed: str) -> None:
-        """Keep the three parts of the message, which is all that a caller needs."""
-        super().__init__(f"{field_name}={value!r}: must be {allowed}")
-        self.field, self.value, self.allowed = field_name, value, allowed
-
-    def __reduce__(self) -> tuple[type[SpecError], tuple[str, object, str]]:
-        """Pickle by the parts: pytest-xdist sends exceptions between processes."""
-        return type(self), (self.field, self.value, self.allowed)
-
-
-def _require(holds: bool, field_name: str, value: object, allowed: str) -> None:
-    if not holds:
-        raise SpecError(field_name, value, allowed)
-
-
-def _integer(spec: object, names: Iterable[str], low: int, high: int | None = None) -> None:
-    allowed = f"an integer of at least {low}" if high is None else f"an integer in {low}..{high}"
-    for name in names:
-        value = getattr(spec, name)
-        good = type(value) is int and value >= low and (high is None or value <= high)
-        _require(good, name, value, allowed)
-
-
-def _finite(value: object) -> bool:
-    """Whether it is a number that a float can hold (an integer of JSON may be any size)."""
-    try:
-        return type(value) in (int, float) and math.isfinite(float(value))  # type: ignore[arg-type]
-    except OverflowError:
-        return False
-
-
-def _positive(spec: object, *names: str) -> None:
-    for name in names:
-        value = getattr(spec, name)
-        _require(_finite(value) and value > 0, name, value, "a finite number above 0")
-
-
-def _boolean(spec: object, *names: str) -> None:
-    for name in names:
-        _require(type(getattr(spec, name)) is bool, name, getattr(spec, name), "true or false")
-
-
-def _one_of(spec: object, name: str, allowed: tuple[str, ...]) -> None:
-    _require(getattr(spec, name) in allowed, name, getattr(spec, name), f"one of {allowed}")
-
-
-def _subset(spec: object, name: str, allowed: tuple[str, ...]) -> None:
-    """Normalise a list of names to a tuple in the order of ``allowed``."""
-    value = getattr(spec, name)
-    good = isinstance(value, (tuple, list)) and all(item in allowed for item in value)
-    _require(good and len(set(value)) == len(value), name, value, f"a subset of {allowed}")
-    object.__setattr__(spec, name, tuple(item for item in allowed if item in value))
-
-
-def _tuple_of(spec: object, name: str, kind: type, allowed: str) -> None:
-    """Normalise a list of specs to a tuple."""
-    value = getattr(spec, name)
-    good = isinstance(value, (tuple, list)) and all(isinstance(item, kind) for item in value)
-    _require(good, name, value, allowed)
-    object.__setattr__(spec, name, tuple(value))
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """The configuration fields of an OLMo that matter, under Hugging Face's own names.
@@ -160,43 +99,43 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        _integer(self, (*sizes, "num_key_value_heads", "max_position_embeddings"), 1)
-        _integer(self, ("vocab_size",), 2)
-        _integer(self, ("weight_seed",), 0, MAX_SEED)
-        _positive(self, "rope_theta", "weight_scale")
-        _boolean(self, "tie_word_embeddings")
-        _one_of(self, "dtype", DTYPES)
-        _one_of(self, "rope_type", ROPE_TYPES)
-        _one_of(self, "weights", WEIGHTS)
-        _subset(self, "biases", PROJECTIONS)
-        _require(isinstance(self.hidden_act, str), "hidden_act", self.hidden_act, "a name")
+        integer(self, (*sizes, "num_key_value_heads", "max_position_embeddings"), 1)
+        integer(self, ("vocab_size",), 2)
+        integer(self, ("weight_seed",), 0, MAX_SEED)
+        positive(self, "rope_theta", "weight_scale")
+        boolean(self, "tie_word_embeddings")
+        one_of(self, "dtype", DTYPES)
+        one_of(self, "rope_type", ROPE_TYPES)
+        one_of(self, "weights", WEIGHTS)
+        subset(self, "biases", PROJECTIONS)
+        require(isinstance(self.hidden_act, str), "hidden_act", self.hidden_act, "a name")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if self.head_dim is None:
             allowed = f"divisible by num_attention_heads={heads}, or head_dim given"
-            _require(self.hidden_size % heads == 0, "hidden_size", self.hidden_size, allowed)
+            require(self.hidden_size % heads == 0, "hidden_size", self.hidden_size, allowed)
         else:
-            _integer(self, ("head_dim",), 2)
+            integer(self, ("head_dim",), 2)
         even = "even: RoPE rotates pairs of entries of a head"
-        _require(self.d_head % 2 == 0, "head_dim", self.d_head, even)
+        require(self.d_head % 2 == 0, "head_dim", self.d_head, even)
         yarn = "above 1 with rope_type='yarn', which divides by its logarithm"
         turning = self.rope_type != "yarn" or self.rope_theta > 1
-        _require(turning, "rope_theta", self.rope_theta, yarn)
+        require(turning, "rope_theta", self.rope_theta, yarn)
         roomy = self.rope_type != "dynamic" or self.d_head > 2
         allowed = "at least 4 with rope_type='dynamic', which divides by head_dim - 2"
-        _require(roomy, "head_dim", self.d_head, allowed)
+        require(roomy, "head_dim", self.d_head, allowed)
         divides = f"a divisor of num_attention_heads={heads}"
-        _require(heads % groups == 0, "num_key_value_heads", groups, divides)
+        require(heads % groups == 0, "num_key_value_heads", groups, divides)
         drop, clip = self.attention_dropout, self.clip_qkv
         good = type(drop) in (int, float) and 0 <= drop < 1
-        _require(good, "attention_dropout", drop, "a number in [0, 1)")
+        require(good, "attention_dropout", drop, "a number in [0, 1)")
         if clip is not None:
             most = GREATEST_CLIP[self.dtype]
-            good = _finite(clip) and 0 <= clip <= most
+            good = finite(clip) and 0 <= clip <= most
             allowed = (
                 f"null (no clamp) or a finite number of at least 0 and at most {most:g}, the "
                 f"greatest {self.dtype}"
             )
-            _require(good, "clip_qkv", clip, allowed)
+            require(good, "clip_qkv", clip, allowed)
 
     def with_weights(self, seed: int) -> ModelSpec:
         """The same model with other weights."""
@@ -229,9 +168,9 @@ class Edit:
 
     def __post_init__(self) -> None:
         good = isinstance(self.site, str) and bool(self.site)
-        _require(good, "site", self.site, "a canonical hook name")
-        _one_of(self, "kind", EDITS)
-        _integer(self, ("seed",), 0, MAX_SEED)
+        require(good, "site", self.site, "a canonical hook name")
+        one_of(self, "kind", EDITS)
+        integer(self, ("seed",), 0, MAX_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,9 +194,9 @@ class Step:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _one_of(self, "kind", STEPS)
-        _one_of(self, "edit", EDITS)
-        _integer(self, ("seed",), 0, MAX_SEED)
+        one_of(self, "kind", STEPS)
+        one_of(self, "edit", EDITS)
+        integer(self, ("seed",), 0, MAX_SEED)
         fields: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
             ("site", SITED_STEPS, ()),
             ("flag", ("flag",), FLAGS),
@@ -266,12 +205,12 @@ class Step:
         for name, kinds, values in fields:
             value = getattr(self, name)
             if self.kind not in kinds:
-                _require(value == "", name, value, f"empty: {self.kind} has no {name}")
+                require(value == "", name, value, f"empty: {self.kind} has no {name}")
             elif values:
-                _one_of(self, name, values)
+                one_of(self, name, values)
             else:
                 good = isinstance(value, str) and bool(value)
-                _require(good, name, value, "a canonical hook name")
+                require(good, name, value, "a canonical hook name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,20 +248,20 @@ class RunSpec:
     steps: tuple[Step, ...] = ()
 
     def __post_init__(self) -> None:
-        _integer(self, ("token_seed",), 0, MAX_SEED)
-        _integer(self, ("batch", "seq_len"), 1)
-        _integer(self, ("chunks",), 1, self.seq_len)
-        _one_of(self, "padding", PADDINGS)
-        _one_of(self, "positions", POSITIONS)
-        _boolean(self, "use_cache", "training", "prepared")
+        integer(self, ("token_seed",), 0, MAX_SEED)
+        integer(self, ("batch", "seq_len"), 1)
+        integer(self, ("chunks",), 1, self.seq_len)
+        one_of(self, "padding", PADDINGS)
+        one_of(self, "positions", POSITIONS)
+        boolean(self, "use_cache", "training", "prepared")
         cached = f"true, since chunks={self.chunks} need a cache"
-        _require(self.use_cache or self.chunks == 1, "use_cache", self.use_cache, cached)
-        _subset(self, "processing", PROCESSING)
-        _subset(self, "flags", FLAGS)
+        require(self.use_cache or self.chunks == 1, "use_cache", self.use_cache, cached)
+        subset(self, "processing", PROCESSING)
+        subset(self, "flags", FLAGS)
         legal = f"without one of {sorted(EXCLUSIVE)}, which exclude each other"
-        _require(not set(self.flags) >= EXCLUSIVE, "flags", self.flags, legal)
-        _tuple_of(self, "edits", Edit, "a list of edits")
-        _tuple_of(self, "steps", Step, "a list of steps")
+        require(not set(self.flags) >= EXCLUSIVE, "flags", self.flags, legal)
+        tuple_of(self, "edits", Edit, "a list of edits")
+        tuple_of(self, "steps", Step, "a list of steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,8 +277,8 @@ class Rerun:
     run: RunSpec = field(default_factory=RunSpec)
 
     def __post_init__(self) -> None:
-        _integer(self, ("weight_seed",), 0, MAX_SEED)
-        _require(isinstance(self.run, RunSpec), "run", self.run, "a RunSpec")
+        integer(self, ("weight_seed",), 0, MAX_SEED)
+        require(isinstance(self.run, RunSpec), "run", self.run, "a RunSpec")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,134 +296,23 @@ class Case:
     reruns: tuple[Rerun, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(isinstance(self.model, ModelSpec), "model", self.model, "a ModelSpec")
-        _require(isinstance(self.run, RunSpec), "run", self.run, "a RunSpec")
-        _tuple_of(self, "reruns", Rerun, "a list of reruns")
+        require(isinstance(self.model, ModelSpec), "model", self.model, "a ModelSpec")
+        require(isinstance(self.run, RunSpec), "run", self.run, "a RunSpec")
+        tuple_of(self, "reruns", Rerun, "a list of reruns")
         room = self.model.max_position_embeddings
         allowed = f"at most max_position_embeddings={room}"
         for wanted in (self.run.seq_len, *(rerun.run.seq_len for rerun in self.reruns)):
-            _require(wanted <= room, "seq_len", wanted, allowed)
+            require(wanted <= room, "seq_len", wanted, allowed)
         shape = (self.run.batch, self.run.seq_len)
         good = isinstance(self.tokens, (tuple, list))
         good = good and all(isinstance(row, (tuple, list)) for row in self.tokens)
-        _require(good, "tokens", self.tokens, f"{shape[0]} rows of {shape[1]} token ids")
+        require(good, "tokens", self.tokens, f"{shape[0]} rows of {shape[1]} token ids")
         object.__setattr__(self, "tokens", tuple(tuple(row) for row in self.tokens))
         if not self.tokens:
             return
         good = len(self.tokens) == shape[0] and all(len(row) == shape[1] for row in self.tokens)
-        _require(good, "tokens", self.tokens, f"{shape[0]} rows of {shape[1]} token ids")
+        require(good, "tokens", self.tokens, f"{shape[0]} rows of {shape[1]} token ids")
         for token in (token for row in self.tokens for token in row):
             good = type(token) is int and 0 <= token < self.model.vocab_size
             last = self.model.vocab_size - 1
-            _require(good, "tokens", token, f"a token id in 0..{last} (vocab_size - 1)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """A case on file: with the check that it failed, the adapter judged and what was seen."""
-
-    case: Case
-    check: str
-    adapter: str
-    note: str = ""
-    versions: Mapping[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _require(isinstance(self.case, Case), "case", self.case, "a Case")
-        good = isinstance(self.versions, Mapping)
-        _require(good, "versions", self.versions, "an object of names and versions")
-        for name in ("check", "adapter", "note"):
-            value = getattr(self, name)
-            _require(isinstance(value, str), name, value, "a string")
-
-    def dumps(self) -> str:
-        """The record as JSON, with the format's version first."""
-        body = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
-        return json.dumps(body, indent=2) + "\n"
-
-
-_Spec = TypeVar("_Spec")
-
-
-def _from_mapping(kind: type[_Spec], body: object, where: str) -> _Spec:
-    """Build a spec of ``kind`` from decoded JSON, naming unknown fields and wrong types."""
-    if not isinstance(body, dict):
-        raise SpecError(where, body, "an object")
-    known = [item.name for item in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    for name in body:
-        _require(name in known, f"{where}.{name}", body[name], f"absent; known fields: {known}")
-    nested: dict[str, Any] = dict(body)
-    kinds: dict[str, type] = {"model": ModelSpec, "run": RunSpec, "case": Case}
-    for name in kinds.keys() & nested.keys():
-        nested[name] = _from_mapping(kinds[name], nested[name], f"{where}.{name}")
-    lists: dict[str, type] = {"edits": Edit, "steps": Step, "reruns": Rerun}
-    for name in lists.keys() & nested.keys():
-        _require(isinstance(nested[name], list), f"{where}.{name}", nested[name], "a list")
-        nested[name] = tuple(
-            _from_mapping(lists[name], item, f"{where}.{name}[{index}]")
-            for index, item in enumerate(nested[name])
-        )
-    try:
-        return kind(**nested)
-    except SpecError:
-        raise
-    except TypeError as error:
-        raise SpecError(where, sorted(body), f"a complete {kind.__name__} ({error})") from None
-
-
-def case_of(body: object, where: str = "case") -> Case:
-    """Build a case from decoded JSON or TOML; whatever is left out has its default.
-
-    Raises:
-        SpecError: If it is no table, names an unknown field or holds a bad value.
-    """
-    return _from_mapping(Case, body, where)
-
-
-def sparse(case: Case) -> dict[str, Any]:
-    """A case as JSON has it, but only what differs from the defaults; `case_of` reads it."""
-
-    def differing(spec: object, default: object) -> dict[str, Any]:
-        names = [item.name for item in dataclasses.fields(spec)]  # type: ignore[arg-type]
-        values = {name: (getattr(spec, name), getattr(default, name)) for name in names}
-        return {name: value for name, (value, usual) in values.items() if value != usual}
-
-    model, run = differing(case.model, ModelSpec()), differing(case.run, RunSpec())
-    if case.run.edits:
-        run["edits"] = [
-            {"site": edit.site, **differing(edit, Edit(site=edit.site))} for edit in case.run.edits
-        ]
-    body = {"model": model, "run": run, "tokens": [list(row) for row in case.tokens]}
-    return {name: part for name, part in body.items() if part}
-
-
-def loads(text: str, source: str = "case") -> Record:
-    """Read a record from JSON.
-
-    Args:
-        text: The JSON text.
-        source: What to call it in an error, usually the file's name.
-
-    Raises:
-        SpecError: If it is no JSON, of a newer format, or holds a bad value.
-    """
-    try:
-        body = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SpecError(source, text[-40:], f"complete JSON ({error})") from None
-    if not isinstance(body, dict):
-        raise SpecError(source, body, "a JSON object")
-    version = body.pop("format_version", None)
-    allowed = f"{FORMAT_VERSION}: this version of olmo-conformance reads no other"
-    good = type(version) is int and version == FORMAT_VERSION
-    _require(good, "format_version", version, allowed)
-    return _from_mapping(Record, body, "record")
-
-
-def load(path: Path) -> Record:
-    """Read the record in a file. See `loads`; a file that cannot be read is a `SpecError` too."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError("file", str(path), f"a readable case file ({error})") from None
-    return loads(text, path.name)
+            require(good, "tokens", token, f"a token id in 0..{last} (vocab_size - 1)")

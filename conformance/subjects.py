@@ -25,7 +25,8 @@ from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 
 from conformance.data import TRAINED
-from conformance.spec import PROJECTIONS, ModelSpec, SpecError
+from conformance.fields import SpecError
+from conformance.spec import PROJECTIONS, ModelSpec
 
 ARCHITECTURE = "OlmoForCausalLM"
 PAD_TOKEN = 1  # OlmoConfig's default

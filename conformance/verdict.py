@@ -7,7 +7,8 @@ from enum import Enum
 
 from conformance.compare import Gap
 from conformance.profiles import FAILURES
-from conformance.spec import Case, Record
+from conformance.records import Record
+from conformance.spec import Case
 
 
 class Outcome(Enum):

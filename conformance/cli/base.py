@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from conformance.fields import SpecError
 from conformance.garbage import rarely_collected
-from conformance.spec import SpecError
 
 if TYPE_CHECKING:
     from conformance.verdict import Verdict

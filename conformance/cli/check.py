@@ -22,7 +22,8 @@ from conformance import profiles
 from conformance.cli import real
 from conformance.cli.base import closing, exit_code, get_ready, json_file_in_a_folder
 from conformance.cli.progress import Progress
-from conformance.spec import DTYPES, SpecError
+from conformance.fields import SpecError
+from conformance.spec import DTYPES
 
 if TYPE_CHECKING:
     from conformance.verdict import Verdict

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from conformance.cli.base import CONFORMS, DOES_NOT_CONFORM, get_ready, json_file_in_a_folder
-from conformance.spec import SpecError
+from conformance.fields import SpecError
 
 Result = dict[str, Any]
 

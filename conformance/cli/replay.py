@@ -5,8 +5,8 @@ from __future__ import annotations
 import click
 
 from conformance.cli.base import BadInput, closing, exit_code, get_ready
+from conformance.fields import SpecError
 from conformance.locate import find
-from conformance.spec import SpecError
 
 
 @click.command()

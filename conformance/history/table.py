@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from conformance.fields import SpecError
 from conformance.ledger import ledger
-from conformance.spec import Record, SpecError, case_of
+from conformance.records import Record, case_of
 
 FORMAT_VERSION = 1
 RED = ("known", "failed", "errored")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from conformance.history.table import KIT_FAILED, RED, Cell
 from conformance.profiles import PROFILES
-from conformance.spec import sparse
+from conformance.records import sparse
 
 if TYPE_CHECKING:
     from conformance.verdict import Verdict

@@ -15,10 +15,11 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 from conformance.edits import edited
+from conformance.fields import SpecError
 from conformance.machine.state import Hook, State, fresh
 from conformance.observe import Observation, Recorder, canonical_points, observe, started
 from conformance.sites import Site, observable, sites
-from conformance.spec import MAX_SEED, Case, Edit, SpecError, Step
+from conformance.spec import MAX_SEED, Case, Edit, Step
 from conformance.subjects import Subject, bridged
 from conformance.taps import TappedCache, Taps
 

@@ -20,7 +20,7 @@ from conformance.data import FIXTURES
 from conformance.history import table
 from conformance.history.table import Column, History
 from conformance.meta.test_run import CASE, Broken, only
-from conformance.spec import FORMAT_VERSION, Record, load
+from conformance.records import FORMAT_VERSION, Record, load
 from conformance.verdict import Outcome, Verdict
 
 BROKEN = f"{Broken.__module__}:{Broken.__name__}"

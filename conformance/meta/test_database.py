@@ -16,9 +16,9 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 
 from conformance.checks import REGISTRY
 from conformance.database import example_database
+from conformance.fields import SpecError
 from conformance.profiles import DATABASE_VARIABLE, profile
 from conformance.run import property_settings
-from conformance.spec import SpecError
 
 ROOT = Path(__file__).parents[2]
 

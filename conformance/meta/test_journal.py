@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from conformance.fields import SpecError
 from conformance.journal import Journal
 from conformance.parallel import each_done
-from conformance.spec import SpecError
 
 ABOUT = {"versions": {"torch": "2.13.0"}, "cap": 120.0}
 

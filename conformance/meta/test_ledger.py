@@ -11,9 +11,10 @@ from conformance.checks import REGISTRY
 from conformance.compare import Gap
 from conformance.data import FIXTURES
 from conformance.defects import Known, Showing
+from conformance.fields import SpecError
 from conformance.history.releases import RELEASES
 from conformance.ledger import known, ledger, read
-from conformance.spec import Case, Edit, ModelSpec, RunSpec, SpecError
+from conformance.spec import Case, Edit, ModelSpec, RunSpec
 
 if sys.version_info >= (3, 11):
     import tomllib

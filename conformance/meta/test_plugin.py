@@ -12,8 +12,9 @@ from click.testing import CliRunner
 import conformance
 from conformance import cli, profiles
 from conformance.meta.test_run import CASE, Broken
+from conformance.records import load
 from conformance.run import versions
-from conformance.spec import DTYPES, load
+from conformance.spec import DTYPES
 from conformance.suite.properties import judged
 
 pytest_plugins = ["pytester"]

@@ -14,9 +14,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, OlmoForCausalLM
 from adapter import OlmoArchitectureAdapter
 from conformance import checkpoint, cli, real
 from conformance.checkpoint import Checkpoint, find, tokens_of
+from conformance.fields import SpecError
 from conformance.mutants import CATALOGUE
 from conformance.real import Report, judge_model
-from conformance.spec import ModelSpec, SpecError
+from conformance.spec import ModelSpec
 from conformance.subjects import hf_model
 from conformance.tolerance import Allowance
 from conformance.witness import SAMPLE, SMALL, Witness, digest

@@ -15,15 +15,17 @@ from conformance import cli
 from conformance.checks import REGISTRY, judge
 from conformance.compare import Gap
 from conformance.data import FIXTURES
+from conformance.fields import SpecError
 from conformance.history.releases import RELEASES
 from conformance.ledger import ledger
 from conformance.locate import Found
 from conformance.meta.test_cli import one_clear_line, recorded
+from conformance.records import Record, loads
 from conformance.reproduce import as_before, script_of, smaller
 from conformance.reproduce.script import MOST_LINES
 from conformance.reproduce.templates import TEMPLATES
 from conformance.run import load_adapter, versions
-from conformance.spec import Case, Edit, ModelSpec, Record, RunSpec, SpecError, loads
+from conformance.spec import Case, Edit, ModelSpec, RunSpec
 from conformance.verdict import Outcome, Verdict
 
 COMMITTED = sorted((FIXTURES / "reproducers").glob("*.py"))

@@ -20,7 +20,9 @@ from conformance import check_adapter, profiles, run
 from conformance.checks import REGISTRY, Check
 from conformance.checks.registry import Adapter
 from conformance.compare import Gap
+from conformance.fields import SpecError
 from conformance.profiles import PROFILES, Profile
+from conformance.records import load
 from conformance.run import (
     iter_verdicts,
     load_adapter,
@@ -30,7 +32,7 @@ from conformance.run import (
     versions,
     write_case,
 )
-from conformance.spec import Case, ModelSpec, RunSpec, SpecError, load
+from conformance.spec import Case, ModelSpec, RunSpec
 from conformance.strategies import cases
 from conformance.subjects import SubjectError
 from conformance.verdict import ConformanceError, NotApplicable, Outcome, Verdict

@@ -12,19 +12,9 @@ from subprocess import run
 
 import pytest
 
-from conformance.spec import (
-    FORMAT_VERSION,
-    MAX_SEED,
-    Case,
-    Edit,
-    ModelSpec,
-    Record,
-    RunSpec,
-    SpecError,
-    Step,
-    load,
-    loads,
-)
+from conformance.fields import SpecError
+from conformance.records import FORMAT_VERSION, Record, load, loads
+from conformance.spec import MAX_SEED, Case, Edit, ModelSpec, RunSpec, Step
 
 NAN, INF = float("nan"), float("inf")
 

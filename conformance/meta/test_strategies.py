@@ -15,6 +15,7 @@ from hypothesis.strategies import SearchStrategy
 
 from conformance.inputs import inputs
 from conformance.observe import observe
+from conformance.records import Record, loads
 from conformance.sites import observable
 from conformance.spec import (
     DTYPES,
@@ -26,9 +27,7 @@ from conformance.spec import (
     Case,
     Edit,
     ModelSpec,
-    Record,
     RunSpec,
-    loads,
 )
 from conformance.strategies import (
     cases,

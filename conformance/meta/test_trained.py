@@ -15,7 +15,8 @@ from transformers import AutoTokenizer
 
 import adapter
 from conformance.data import TRAINED, held_out, held_out_tokens, trained
-from conformance.spec import Case, ModelSpec, RunSpec, SpecError
+from conformance.fields import SpecError
+from conformance.spec import Case, ModelSpec, RunSpec
 from conformance.strategies import on_trained
 from conformance.subjects import hf_model, reference
 

@@ -16,8 +16,9 @@ from conformance.data import FIXTURES, regressions
 from conformance.defects import Known, Showing
 from conformance.ledger import ledger
 from conformance.meta.test_run import CI, Question
+from conformance.records import load
 from conformance.run import check_adapter, known_of, load_adapter, run_check, select_checks
-from conformance.spec import Case, ModelSpec, load
+from conformance.spec import Case, ModelSpec
 from conformance.subjects import SubjectError
 from conformance.trial import Trial
 from conformance.verdict import ConformanceError, Outcome, Verdict

@@ -9,7 +9,8 @@ import pytest
 
 from conformance.checks import REGISTRY
 from conformance.compare import Gap
-from conformance.spec import Case, ModelSpec, loads
+from conformance.records import loads
+from conformance.spec import Case, ModelSpec
 from conformance.verdict import ConformanceError, Outcome, Verdict
 
 CASE = Case(model=ModelSpec(clip_qkv=0.5, biases=("q",)))

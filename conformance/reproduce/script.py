@@ -5,11 +5,12 @@ from __future__ import annotations
 import textwrap
 
 from conformance.checks import REGISTRY
+from conformance.fields import SpecError
 from conformance.reproduce import special  # noqa: F401 - registers its templates
 from conformance.reproduce.places import NoTemplateError
 from conformance.reproduce.templates import TEMPLATES, Act
 from conformance.reproduce.text import BUILDER, WIDTH, build, call, feed
-from conformance.spec import Case, SpecError
+from conformance.spec import Case
 from conformance.verdict import Verdict
 
 MOST_LINES = 40
