@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from conformance.observe import Observation
+from conformance.recorder import Observation
 from conformance.sites import Site
 from conformance.tolerance import Allowance, exactly, of_gradient, of_value
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from conformance.edits import edited_head
-from conformance.observe import Observation, Recorder
+from conformance.recorder import Observation, Recorder
 from conformance.sites import behind_flags
 from conformance.spec import Case
 from conformance.subjects import Subject

@@ -3,210 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
-from transformer_lens.hook_points import HookPoint
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import DynamicCache
 
-from conformance.edits import edited
+from conformance.hooking import hooked
 from conformance.inputs import Inputs, derived_positions, inputs
+from conformance.recorder import Observation, Recorder
 from conformance.sites import Site, observable
 from conformance.spec import Case
 from conformance.subjects import Subject, at_work
-from conformance.taps import TappedCache, Taps, Turn
-
-Tensors = Mapping[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What one run of one subject showed.
-
-    Attributes:
-        logits: ``[batch, pos, d_vocab]``, of all chunks.
-        values: Each site's tensor in the hook's layout, after any edit of it, in the order of
-            firing. A later chunk's sites are called ``name#chunk``.
-        gradients: Each site's gradient of the probed logits, in the order of the backward pass.
-            Only of a run in one chunk: a backward hook does not know which forward it is of.
-        parameter_gradients: By Hugging Face's parameter names; None where there is none.
-        fired: Every firing of a forward hook, in order, repetitions included.
-        fired_backward: Every firing of a backward hook, in order.
-        random_state: PyTorch's random state after the last forward.
-    """
-
-    logits: torch.Tensor
-    values: Tensors = field(default_factory=dict)
-    gradients: Tensors = field(default_factory=dict)
-    parameter_gradients: Mapping[str, torch.Tensor | None] = field(default_factory=dict)
-    fired: tuple[str, ...] = ()
-    fired_backward: tuple[str, ...] = ()
-    random_state: torch.Tensor | None = None
-
-
-class Recorder:
-    """Collects what the sites show while a subject runs, and performs the run's edits there.
-
-    Attributes:
-        hooking: Get gradients by hooks on a Hugging Face model's tensors and a plain backward:
-            checkpointing refuses to be asked for those of tensors.
-        edits_gradients: Whether `gradient` may return another one.
-    """
-
-    hooking = False
-    edits_gradients = False
-
-    def begin(self, case: Case) -> None:
-        """Forget the last run."""
-        self.edits = {edit.site: edit for edit in case.run.edits}
-        self.backward = case.run.chunks == 1
-        self.chunk = 0
-        self.values: dict[str, torch.Tensor] = {}
-        self.gradients: dict[str, torch.Tensor] = {}
-        self.fired: list[str] = []
-        self.fired_backward: list[str] = []
-        self.differentiable: dict[str, tuple[torch.Tensor, Turn]] = {}
-        self.random_state: torch.Tensor | None = None
-
-    def key(self, name: str) -> str:
-        """What a site's tensor of the present chunk is called."""
-        return f"{name}#{self.chunk}" if self.chunk else name
-
-    def edit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor that the run's edit of a site leaves; the same object if there is none."""
-        return edited(self.edits[name], tensor) if name in self.edits else tensor
-
-    def value(self, name: str, tensor: torch.Tensor) -> None:
-        """Keep a site's tensor; it must be nobody else's to change."""
-        key = self.key(name)
-        self.fired.append(key)
-        self.values[key] = tensor
-
-    def gradient(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
-        """Keep a site's gradient. What is returned takes its place; nothing of a plain recorder."""
-        if self.backward:
-            self.fired_backward.append(name)
-            self.gradients[name] = tensor
-        return None
-
-    def see(self, name: str, value: torch.Tensor, source: torch.Tensor, turn: Turn) -> None:
-        """Keep a site's value, and where its gradient comes from."""
-        self.value(name, value)
-        self._differentiate(name, source, turn)
-
-    def _differentiate(self, name: str, source: torch.Tensor, turn: Turn) -> None:
-        if not (source.requires_grad and self.backward):
-            return
-        if self.hooking or self.edits_gradients:
-            source.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: self.gradient(name, turn(gradient).detach().clone())
-            )
-        else:
-            self.differentiable[name] = source, turn
-
-    def visit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Edit and keep a tensor of a tapped Hugging Face model (see `conformance.taps`)."""
-        tensor = self.edit(name, tensor)
-        self.value(name, tensor.detach())
-        self._differentiate(name, tensor, _same)
-        return tensor
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-def _value_hook(
-    recorder: Recorder, name: str, returned: bool
-) -> Callable[..., torch.Tensor | None]:
-    def hook(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor | None:
-        edit, new = recorder.edits.get(name), None
-        if edit is not None:
-            new = recorder.edit(name, tensor)
-            if edit.kind == "in_place":
-                tensor.copy_(new)
-                new = None
-        if returned and tensor.requires_grad and recorder.backward:
-            new = tensor.view_as(tensor) if new is None else new
-            recorder.differentiable[name] = new, _same
-        recorder.value(name, (tensor if new is None else new).detach().clone())
-        return new
-
-    return hook
-
-
-def _gradient_hook(recorder: Recorder, name: str) -> Callable[..., torch.Tensor | None]:
-    def hook(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor | None:
-        return recorder.gradient(name, tensor.detach().clone())
-
-    return hook
-
-
-def hook_points(subject: Subject) -> dict[str, HookPoint]:
-    """Every hook point of a bridge once, under its canonical name."""
-    assert subject.bridge is not None
-    return canonical_points(subject.bridge)
-
-
-def canonical_points(
-    bridge: TransformerBridge, known: Collection[str] = ()
-) -> dict[str, HookPoint]:
-    """As `hook_points`, of a bridge that is no subject.
-
-    Args:
-        bridge: The bridge.
-        known: Canonical names. In compatibility mode a hook point's own name is a legacy one.
-    """
-    by_name = bridge.hook_dict
-    unique = {id(point): point for point in by_name.values()}
-    canonical = {id(by_name[name]): name for name in known if name in by_name}
-
-    def name_of(point: HookPoint) -> str:
-        own = str(point.name)
-        return own if own in known else canonical.get(id(point), own)
-
-    return {name_of(point): point for point in unique.values()}
-
-
-def attach(
-    point: HookPoint, hook: Callable[..., torch.Tensor | None], way: Literal["fwd", "bwd"] = "fwd"
-) -> Callable[[], None]:
-    """Add a hook to a point; what is returned removes it, and leaves all others alone."""
-    held = f"{way}_hooks"
-    before = {id(handle) for handle in getattr(point, held)}
-    point.add_hook(hook, dir=way)
-    added = [handle for handle in getattr(point, held) if id(handle) not in before]
-
-    def detach() -> None:
-        for handle in added:
-            handle.hook.remove()
-        now = getattr(point, held)
-        setattr(point, held, [handle for handle in now if handle not in added])
-
-    return detach
-
-
-@contextmanager
-def _hooked(
-    subject: Subject,
-    recorder: Recorder,
-    known: Collection[str],
-    backward: Collection[str],
-    returned: bool,
-) -> Iterator[None]:
-    """Record, and edit, at every hook point of a bridge; backward only where asked."""
-    assert subject.bridge is not None
-    with ExitStack() as stack:
-        for name, point in canonical_points(subject.bridge, known).items():
-            stack.callback(attach(point, _value_hook(recorder, name, returned)))
-            if name in backward:
-                stack.callback(attach(point, _gradient_hook(recorder, name), "bwd"))
-        yield
+from conformance.taps import TappedCache, Taps
 
 
 def module_of(subject: Subject) -> nn.Module:
@@ -392,8 +204,8 @@ def watched(
     taps: Taps | None = None
     if sites is not None and subject.bridge is not None:
         at = sites if gradients_at is None else gradients_at
-        hooked = frozenset(at) if backward and not returned else frozenset()
-        around = _hooked(subject, recorder, sites, hooked, returned)
+        backwards = frozenset(at) if backward and not returned else frozenset()
+        around = hooked(subject, recorder, sites, backwards, returned)
     elif sites is not None:
         clamps = subject.clamps
         taps = Taps(

@@ -10,8 +10,8 @@ import torch
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import turn
 from conformance.compare import Gap, compare_tensors
+from conformance.hooking import hook_points
 from conformance.inputs import inputs
-from conformance.observe import hook_points
 from conformance.spec import Case
 from conformance.strategies import cases
 from conformance.subjects import Subject, at_work, bridged, reference

@@ -13,7 +13,8 @@ from conformance.checks.support import bridge_of, sites_to_hook
 from conformance.checks.sweeps import analysed_cases, logit_difference, pair
 from conformance.compare import Gap, bitwise
 from conformance.inputs import Inputs
-from conformance.observe import Observation, observe
+from conformance.observe import observe
+from conformance.recorder import Observation
 from conformance.sites import Site
 from conformance.spec import Case
 from conformance.subjects import Subject, at_work, bridged, reference

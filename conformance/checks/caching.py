@@ -24,8 +24,9 @@ from conformance.checks.registry import Adapter, check
 from conformance.checks.support import drawing, in_one_forward, some_positions
 from conformance.compare import Gap, compare_tensors
 from conformance.edits import edited
+from conformance.hooking import hook_points
 from conformance.inputs import inputs
-from conformance.observe import hook_points, observe, sites_of
+from conformance.observe import observe, sites_of
 from conformance.sites import Port, Site
 from conformance.spec import Case, Edit
 from conformance.strategies import cases

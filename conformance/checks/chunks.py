@@ -18,7 +18,8 @@ from conformance.checks.registry import Adapter, check
 from conformance.checks.support import bridge_of, in_one_forward
 from conformance.compare import Gap, bitwise, compare_values, within
 from conformance.inputs import inputs
-from conformance.observe import Observation, Recorder, observe, sites_of
+from conformance.observe import observe, sites_of
+from conformance.recorder import Observation, Recorder
 from conformance.sites import Site
 from conformance.spec import Case, ModelSpec, RunSpec
 from conformance.strategies import cases

@@ -19,7 +19,8 @@ from conformance.checks.patched import pairs
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import in_one_forward, sites_to_hook
 from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values, labelled
-from conformance.observe import Observation, observe, sites_of
+from conformance.observe import observe, sites_of
+from conformance.recorder import Observation
 from conformance.spec import Case
 from conformance.strategies import cases, model_specs, run_specs
 from conformance.subjects import Subject, SubjectError, bridged, reference

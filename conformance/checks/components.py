@@ -17,7 +17,7 @@ from conformance.alone import Call, Drawer, run_alone, watched
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import exact_gaps
 from conformance.compare import Gap
-from conformance.observe import hook_points
+from conformance.hooking import hook_points
 from conformance.parts import Part, parameter, parts
 from conformance.spec import Case
 from conformance.strategies import cases

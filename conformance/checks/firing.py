@@ -27,7 +27,8 @@ from conformance.compare import (
     compare_parameters,
 )
 from conformance.edits import edited
-from conformance.observe import Observation, Recorder, observe, sites_of
+from conformance.observe import observe, sites_of
+from conformance.recorder import Observation, Recorder
 from conformance.sites import Port, Site, fired_rows
 from conformance.spec import Case, Edit
 from conformance.strategies import cases

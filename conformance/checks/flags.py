@@ -13,7 +13,8 @@ from conformance.checks.forked import edited_gaps, is_exact, paired
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import turn
 from conformance.compare import NOTHING_SPECIAL, Gap, compare_parameters, compare_tensors
-from conformance.observe import Observation, observe
+from conformance.observe import observe
+from conformance.recorder import Observation
 from conformance.sites import behind_flags
 from conformance.spec import Case, Edit, ModelSpec, RunSpec
 from conformance.strategies import (

@@ -12,7 +12,8 @@ from conformance.checks.registry import Adapter
 from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values
 from conformance.edits import edited_head
 from conformance.forks import Forks
-from conformance.observe import Observation, observe, sites_of
+from conformance.observe import observe, sites_of
+from conformance.recorder import Observation
 from conformance.sites import Site, behind_flags, sites
 from conformance.spec import Case, Edit
 from conformance.subjects import Subject, at_work, reference

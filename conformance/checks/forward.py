@@ -13,7 +13,8 @@ from conformance.checks.registry import Adapter, check
 from conformance.checks.support import needs_patch, within_clip
 from conformance.compare import Gap, compare_tensors
 from conformance.inputs import inputs
-from conformance.observe import Observation, observe
+from conformance.observe import observe
+from conformance.recorder import Observation
 from conformance.spec import Case
 from conformance.strategies import cases, clipped_cases
 from conformance.subjects import Subject, at_work, bridged, patched, reference

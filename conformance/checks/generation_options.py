@@ -29,7 +29,8 @@ from conformance.checks.registry import Adapter, check
 from conformance.checks.support import bridge_of
 from conformance.compare import Gap, bitwise, within
 from conformance.inputs import inputs
-from conformance.observe import Recorder, sites_of
+from conformance.observe import sites_of
+from conformance.recorder import Recorder
 from conformance.spec import Case
 from conformance.strategies import cases
 from conformance.subjects import at_work, reference

@@ -17,7 +17,8 @@ from conformance.compare import (
     compare_tensors,
     compare_values,
 )
-from conformance.observe import Observation, observe, sites_of
+from conformance.observe import observe, sites_of
+from conformance.recorder import Observation
 from conformance.sites import Site, observable
 from conformance.spec import Case
 from conformance.strategies import cases, clipped_cases

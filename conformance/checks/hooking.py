@@ -9,8 +9,10 @@ import torch
 from transformer_lens.hook_points import HookPoint
 
 from conformance.compare import Gap, compare_tensors
+from conformance.hooking import hook_points
 from conformance.inputs import inputs
-from conformance.observe import Observation, hook_points, options, sites_of, started
+from conformance.observe import options, sites_of, started
+from conformance.recorder import Observation
 from conformance.sites import Site
 from conformance.spec import Case
 from conformance.subjects import Subject, at_work

@@ -11,7 +11,8 @@ from hypothesis.strategies import SearchStrategy
 
 from conformance.checks.registry import Adapter, check
 from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values
-from conformance.observe import Recorder, observe, sites_of
+from conformance.observe import observe, sites_of
+from conformance.recorder import Recorder
 from conformance.sites import POST_CLIP, fired_rows
 from conformance.spec import EDITS, Case, ModelSpec, RunSpec
 from conformance.strategies import cases, clip_present, edits, model_specs, run_specs

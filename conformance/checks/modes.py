@@ -23,7 +23,8 @@ from conformance.compare import (
     compare_values,
     labelled,
 )
-from conformance.observe import Observation, observe, sites_of
+from conformance.observe import observe, sites_of
+from conformance.recorder import Observation
 from conformance.spec import EDITS, Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs, run_specs
 from conformance.subjects import Subject, at_work, bridged, reference

@@ -22,7 +22,8 @@ from conformance.checks.registry import Adapter, check
 from conformance.checks.support import in_one_forward
 from conformance.compare import Gap, compare_firing, compare_parameters, compare_tensors
 from conformance.inputs import derived_positions, inputs
-from conformance.observe import Observation, observe, options, sites_of, started
+from conformance.observe import observe, options, sites_of, started
+from conformance.recorder import Observation
 from conformance.spec import Case
 from conformance.strategies import cases, model_specs
 from conformance.subjects import Subject, at_work, bridged, reference

@@ -21,7 +21,8 @@ from conformance.checks.registry import Adapter, check
 from conformance.checks.support import in_one_forward, needs_patch
 from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values, labelled
 from conformance.inputs import inputs
-from conformance.observe import Observation, arguments, logits_of, module_of, observe
+from conformance.observe import arguments, logits_of, module_of, observe
+from conformance.recorder import Observation
 from conformance.sites import Site, observable
 from conformance.spec import Case
 from conformance.strategies import cases, clip_present, model_specs, run_specs

@@ -8,8 +8,8 @@ from functools import cached_property
 
 import torch
 
-from conformance.observe import Observation
 from conformance.parts import columns_by_head
+from conformance.recorder import Observation
 from conformance.spec import Case
 from conformance.subjects import Subject
 from conformance.taps import LAYER_NORM_EPS

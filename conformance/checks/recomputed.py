@@ -23,7 +23,8 @@ from conformance.compare import (
     compare_tensors,
 )
 from conformance.edits import edited
-from conformance.observe import Observation, Recorder, observe, sites_of
+from conformance.observe import observe, sites_of
+from conformance.recorder import Observation, Recorder
 from conformance.sites import Site, fired_rows
 from conformance.spec import Case, Edit
 from conformance.strategies import cases

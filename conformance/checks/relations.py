@@ -8,7 +8,8 @@ import torch
 
 from conformance.compare import Gap, compare_tensors
 from conformance.inputs import inputs
-from conformance.observe import Observation, Recorder, watched
+from conformance.observe import watched
+from conformance.recorder import Observation, Recorder
 from conformance.sites import Site
 from conformance.spec import Case
 from conformance.subjects import Subject

@@ -10,7 +10,8 @@ from conformance.checks.registry import Adapter, check
 from conformance.checks.support import has_exact
 from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values
 from conformance.inputs import inputs
-from conformance.observe import Observation, observe, sites_of, watched
+from conformance.observe import observe, sites_of, watched
+from conformance.recorder import Observation
 from conformance.sites import Site
 from conformance.spec import Case
 from conformance.strategies import series

@@ -16,7 +16,8 @@ from conformance.checks.registry import Adapter, check
 from conformance.checks.support import bridge_of, quiet
 from conformance.compare import Gap, bitwise, labelled
 from conformance.inputs import Inputs, inputs
-from conformance.observe import Observation, Recorder, sites_of, watched
+from conformance.observe import sites_of, watched
+from conformance.recorder import Observation, Recorder
 from conformance.sites import Site
 from conformance.spec import Case, Edit, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs, run_specs

@@ -14,7 +14,8 @@ from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import exact_gaps
 from conformance.compare import Gap, compare_parameters
-from conformance.observe import hook_points, observe
+from conformance.hooking import hook_points
+from conformance.observe import observe
 from conformance.parts import accessors, parts
 from conformance.spec import Case, ModelSpec
 from conformance.strategies import WIDE_DTYPES, cases, model_specs

@@ -14,7 +14,8 @@ from conformance.compare import Gap, bitwise, compare_firing, compare_values, la
 from conformance.edits import edited
 from conformance.machine.executor import Machine, Original, named_parameters
 from conformance.machine.state import State, Tensors
-from conformance.observe import Observation, observe
+from conformance.observe import observe
+from conformance.recorder import Observation
 from conformance.spec import FLAGS
 
 

@@ -16,7 +16,8 @@ from conformance.machine.executor import Machine, named_parameters
 from conformance.machine.invariant import values_gaps
 from conformance.machine.moves import move
 from conformance.machine.state import Tensors
-from conformance.observe import Observation, observe, options, started
+from conformance.observe import observe, options, started
+from conformance.recorder import Observation
 from conformance.spec import Step
 from conformance.subjects import at_work
 

@@ -20,7 +20,7 @@ from conformance.compare import (
     labelled,
     within,
 )
-from conformance.observe import Observation
+from conformance.recorder import Observation
 from conformance.sites import Port, Site, sites
 from conformance.spec import ModelSpec
 from conformance.tolerance import Allowance, exactly

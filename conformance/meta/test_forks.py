@@ -10,7 +10,8 @@ import torch
 from conformance.compare import compare_tensors
 from conformance.edits import edited_head
 from conformance.forks import Forks
-from conformance.observe import Observation, observe
+from conformance.observe import observe
+from conformance.recorder import Observation
 from conformance.sites import POST_CLIP, behind_flags, observable
 from conformance.spec import Case, Edit, ModelSpec, RunSpec
 from conformance.subjects import reference

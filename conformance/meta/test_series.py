@@ -11,7 +11,8 @@ from hypothesis import given, settings
 
 from adapter import OlmoArchitectureAdapter
 from conformance.checks.series import all_runs, built, gaps_of
-from conformance.observe import Observation, observe, sites_of
+from conformance.observe import observe, sites_of
+from conformance.recorder import Observation
 from conformance.spec import Case, ModelSpec, Rerun, RunSpec
 from conformance.strategies import MOST_RERUNS, series
 

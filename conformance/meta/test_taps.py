@@ -20,7 +20,8 @@ from torch.overrides import _get_current_function_mode_stack
 from conformance import taps
 from conformance.edits import edited
 from conformance.inputs import derived_positions, inputs
-from conformance.observe import Observation, observe
+from conformance.observe import observe
+from conformance.recorder import Observation
 from conformance.sites import Site, observable
 from conformance.spec import DTYPES, EDITS, Case, Edit, ModelSpec, RunSpec
 from conformance.strategies import cases, clip_present, edits, model_specs, run_specs

@@ -1,0 +1,112 @@
+"""What one run of a subject shows, and what collects it while the subject runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from conformance.edits import edited
+from conformance.spec import Case
+from conformance.taps import Turn
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one run of one subject showed.
+
+    Attributes:
+        logits: ``[batch, pos, d_vocab]``, of all chunks.
+        values: Each site's tensor in the hook's layout, after any edit of it, in the order of
+            firing. A later chunk's sites are called ``name#chunk``.
+        gradients: Each site's gradient of the probed logits, in the order of the backward pass.
+            Only of a run in one chunk: a backward hook does not know which forward it is of.
+        parameter_gradients: By Hugging Face's parameter names; None where there is none.
+        fired: Every firing of a forward hook, in order, repetitions included.
+        fired_backward: Every firing of a backward hook, in order.
+        random_state: PyTorch's random state after the last forward.
+    """
+
+    logits: torch.Tensor
+    values: Tensors = field(default_factory=dict)
+    gradients: Tensors = field(default_factory=dict)
+    parameter_gradients: Mapping[str, torch.Tensor | None] = field(default_factory=dict)
+    fired: tuple[str, ...] = ()
+    fired_backward: tuple[str, ...] = ()
+    random_state: torch.Tensor | None = None
+
+
+class Recorder:
+    """Collects what the sites show while a subject runs, and performs the run's edits there.
+
+    Attributes:
+        hooking: Get gradients by hooks on a Hugging Face model's tensors and a plain backward:
+            checkpointing refuses to be asked for those of tensors.
+        edits_gradients: Whether `gradient` may return another one.
+    """
+
+    hooking = False
+    edits_gradients = False
+
+    def begin(self, case: Case) -> None:
+        """Forget the last run."""
+        self.edits = {edit.site: edit for edit in case.run.edits}
+        self.backward = case.run.chunks == 1
+        self.chunk = 0
+        self.values: dict[str, torch.Tensor] = {}
+        self.gradients: dict[str, torch.Tensor] = {}
+        self.fired: list[str] = []
+        self.fired_backward: list[str] = []
+        self.differentiable: dict[str, tuple[torch.Tensor, Turn]] = {}
+        self.random_state: torch.Tensor | None = None
+
+    def key(self, name: str) -> str:
+        """What a site's tensor of the present chunk is called."""
+        return f"{name}#{self.chunk}" if self.chunk else name
+
+    def edit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor that the run's edit of a site leaves; the same object if there is none."""
+        return edited(self.edits[name], tensor) if name in self.edits else tensor
+
+    def value(self, name: str, tensor: torch.Tensor) -> None:
+        """Keep a site's tensor; it must be nobody else's to change."""
+        key = self.key(name)
+        self.fired.append(key)
+        self.values[key] = tensor
+
+    def gradient(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Keep a site's gradient. What is returned takes its place; nothing of a plain recorder."""
+        if self.backward:
+            self.fired_backward.append(name)
+            self.gradients[name] = tensor
+        return None
+
+    def see(self, name: str, value: torch.Tensor, source: torch.Tensor, turn: Turn) -> None:
+        """Keep a site's value, and where its gradient comes from."""
+        self.value(name, value)
+        self._differentiate(name, source, turn)
+
+    def _differentiate(self, name: str, source: torch.Tensor, turn: Turn) -> None:
+        if not (source.requires_grad and self.backward):
+            return
+        if self.hooking or self.edits_gradients:
+            source.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: self.gradient(name, turn(gradient).detach().clone())
+            )
+        else:
+            self.differentiable[name] = source, turn
+
+    def visit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Edit and keep a tensor of a tapped Hugging Face model (see `conformance.taps`)."""
+        tensor = self.edit(name, tensor)
+        self.value(name, tensor.detach())
+        self._differentiate(name, tensor, unturned)
+        return tensor
+
+
+def unturned(tensor: torch.Tensor) -> torch.Tensor:
+    """The `Turn` of a gradient that is in the hook's layout already."""
+    return tensor
