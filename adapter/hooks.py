@@ -28,6 +28,14 @@ class OlmoHookPoint(HookPoint):
         """Pass ``x`` on, or a copy of it for the hooks."""
         return x.clone() if is_hooked(self) else x
 
+    def __dir__(self) -> list[str]:
+        """Name what is a hook point's own, and not all that any module has.
+
+        TransformerLens asks every module for everything that it names, twice, when it builds a
+        bridge; most modules are hook points.
+        """
+        return sorted({*vars(HookPoint), *vars(OlmoHookPoint), *vars(self)})
+
     def register_full_backward_hook(
         self, hook: Callable[..., Any], prepend: bool = False
     ) -> RemovableHandle:
