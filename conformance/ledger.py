@@ -28,7 +28,8 @@ A field of ``case`` is one of the model's or run's spec, or ``grouped`` (fewer k
 heads), or ``square`` (a head's widths add up to hidden_size). Its condition is a list of the values
 allowed (a field that is itself a list must hold one of them), ``{ not = [...] }``, or ``true`` and
 ``false``: another value than the field's default, and the default. Of a text, ``*`` stands for
-anything and ``?`` for one character.
+anything and ``?`` for one character; in a gap's site ``{edit}`` stands for the site of one of the
+case's edits, one that meets ``edit``.
 
 Light: no torch here.
 """

@@ -117,6 +117,17 @@ def test_a_gap_is_explained_by_site_kind_and_text() -> None:
     assert showing(gap='{ site = ["attentions[?]"] }').explains([heads]) == [True]
 
 
+def test_a_gap_may_have_to_be_at_an_edit() -> None:
+    only = showing(
+        edit='{ kind = ["scale"] }',
+        witness='{ run = { edits = [{ site = "logits" }] } }',
+        gap='{ site = ["{edit}*"], kind = ["value"] }',
+    )
+    edits = (Edit(site="logits"), Edit(site="embed.hook_out", kind="in_place"))
+    assert only.explains([BEFORE, LATER], edits) == [False, True]
+    assert only.explains([LATER], edits[1:]) == [False]
+
+
 def test_what_comes_later_is_explained_and_what_came_before_is_not() -> None:
     later = showing(gap='{ kind = ["dtype"] }', later="true")
     assert later.explains([BEFORE, FIRST, LATER, BEFORE]) == [False, True, True, True]
