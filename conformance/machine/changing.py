@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from conformance.checks.forked import is_exact
 from conformance.checks.support import quiet
 from conformance.compare import Gap, bitwise, compare_tensors
 from conformance.machine.executor import Machine, Original, named_parameters
@@ -20,7 +21,12 @@ from conformance.subjects import at_work, unpatcher
 from conformance.tolerance import of_log_probabilities
 
 
-@move("flag")
+def _changes_no_bit(machine: Machine, step: Step) -> bool:
+    """Whether a flag may be on where all is compared bit for bit: ``flags.*`` judge the others."""
+    return step.flag == "use_hook_mlp_in" or is_exact(machine.adapter)
+
+
+@move("flag", _changes_no_bit)
 def flag(machine: Machine, step: Step) -> Iterator[Gap]:
     """Turned over. The second of two that exclude each other is refused, and nothing changes."""
     name, flags = step.flag, machine.state.flags

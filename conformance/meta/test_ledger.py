@@ -13,7 +13,7 @@ from conformance.data import FIXTURES
 from conformance.defects import Known, Showing
 from conformance.history.releases import RELEASES
 from conformance.ledger import known, ledger, read
-from conformance.spec import Case, Edit, ModelSpec, RunSpec, SpecError
+from conformance.spec import Case, Edit, ModelSpec, RunSpec, SpecError, Step
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -52,6 +52,7 @@ def showing(**fields: str) -> Showing:
     return only
 
 
+CAST = (Step(kind="forward"), Step(kind="cast", dtype="float16"))
 CLIPPED = Case(model=ModelSpec(clip_qkv=0.0, dtype="bfloat16", biases=("v", "o")))
 
 
@@ -76,6 +77,11 @@ CLIPPED = Case(model=ModelSpec(clip_qkv=0.0, dtype="bfloat16", biases=("v", "o")
         ("square_o = false", Case(model=ModelSpec(head_dim=4)), True),
         ("square_mlp = true", Case(model=ModelSpec(intermediate_size=16)), True),
         ("square_unembed = true", Case(model=ModelSpec(vocab_size=16)), True),
+        ("short = true", CLIPPED, True),
+        ("short = true", Case(run=RunSpec(steps=CAST)), True),
+        ("short = true", Case(run=RunSpec(steps=CAST[:1])), False),
+        ('steps = ["cast"]', Case(run=RunSpec(steps=CAST)), True),
+        ('steps = ["cast"]', Case(run=RunSpec(steps=CAST[:1])), False),
         ("clip_qkv = true, training = true", CLIPPED, False),  # all must hold
     ],
 )
