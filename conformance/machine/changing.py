@@ -129,8 +129,13 @@ def thaw(machine: Machine, step: Step) -> Iterator[Gap]:
 
 @move("deepcopy")
 def deepcopy(machine: Machine, step: Step) -> Iterator[Gap]:
-    """The copy goes on; PyTorch copies hooks, and no gradients."""
+    """The copy goes on; PyTorch copies hooks, and no gradients.
+
+    Earlier originals live on: what a copy is without them must not hang on the garbage collector.
+    """
     case, expected = machine.shown()
+    if machine.original is not None:
+        machine.kept.append(machine.original.bridge)
     machine.original = Original(machine.bridge, machine.state, case, expected.logits)
     with at_work("copy.deepcopy"):
         machine.bridge = copy.deepcopy(machine.bridge)
