@@ -28,9 +28,9 @@ A field of ``case`` is one of the model's or run's spec, or ``grouped`` (fewer k
 heads), or ``square_o``, ``square_mlp``, ``square_unembed`` (a weight of two equal axes), or
 ``short`` (bfloat16 or float16, from the start or by a step that casts). Its condition is a list of
 the values allowed (a field that is itself a list must hold one of them; of ``steps``, their kinds),
-``{ not = [...] }``, or ``true`` and ``false``: another value than the field's default, and the default. Of a text, ``*`` stands for
-anything and ``?`` for one character; in a gap's site ``{edit}`` stands for the site of one of the
-case's edits, one that meets ``edit``.
+``{ not = [...] }``, or ``true`` and ``false``: another value than the field's default, and the
+default. Of a text, ``*`` stands for anything and ``?`` for one character; in a gap's site
+``{edit}`` stands for the site of one of the case's edits, one that meets ``edit``.
 
 Light: no torch here.
 """

@@ -7,12 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from conformance.checks import REGISTRY
+from conformance.checks import REGISTRY, judge
 from conformance.compare import Gap
 from conformance.data import FIXTURES
 from conformance.defects import Known, Showing
 from conformance.history.releases import RELEASES
 from conformance.ledger import known, ledger, read
+from conformance.run import load_adapter, versions
 from conformance.spec import Case, Edit, ModelSpec, RunSpec, SpecError, Step
 
 if sys.version_info >= (3, 11):
@@ -252,3 +253,22 @@ def test_every_defect_of_the_newest_release_has_a_reproducer_and_an_issue() -> N
             assert script.with_suffix(".md").exists(), defect.id
     named = {defect.reproducer for defect in ledger()} - {""}
     assert {f"reproducers/{path.name}" for path in (FIXTURES / "reproducers").glob("*.py")} == named
+
+
+@pytest.mark.skipif(
+    versions()["transformer-lens"] != RELEASES[-1], reason="the witnesses are of the newest release"
+)
+def test_every_way_to_show_is_shown_by_its_own_witness() -> None:
+    """Under one of its checks; `--adapter upstream` has them all, and drawn cases beside them."""
+    adapter, silent = load_adapter("upstream"), []
+    for defect in ledger():
+        for at, shows in enumerate(defect.shows):
+            if not (defect.releases & shows.releases).contains(RELEASES[-1]):
+                continue
+            check = REGISTRY[shows.promises[-1]]
+            verdict = judge(check, adapter, shows.witness)
+            only = Known(((defect.id, shows),))
+            met, _ = only.sort(shows.witness, verdict.gaps, verdict.reason)
+            if not met:
+                silent.append((defect.id, at, check.name))
+    assert silent == []
