@@ -33,11 +33,23 @@ DEFAULTS: dict[str, Any] = {
     for item in dataclasses.fields(kind)
     if item.name != "edits"
 }
-DERIVED: dict[str, Callable[[ModelSpec], bool]] = {
-    "grouped": lambda model: model.num_key_value_heads < model.num_attention_heads,
-    "square_o": lambda model: model.num_attention_heads * model.d_head == model.hidden_size,
-    "square_mlp": lambda model: model.intermediate_size == model.hidden_size,
-    "square_unembed": lambda model: model.vocab_size == model.hidden_size,
+
+
+def _of_model(holds: Callable[[ModelSpec], bool]) -> Callable[[Case], bool]:
+    return lambda case: holds(case.model)
+
+
+def _becomes_short(case: Case) -> bool:
+    """Whether the model is, or a step of the state machine casts it to, bfloat16 or float16."""
+    return bool({"bfloat16", "float16"} & {case.model.dtype, *(s.dtype for s in case.run.steps)})
+
+
+DERIVED: dict[str, Callable[[Case], bool]] = {
+    "grouped": _of_model(lambda model: model.num_key_value_heads < model.num_attention_heads),
+    "square_o": _of_model(lambda m: m.num_attention_heads * m.d_head == m.hidden_size),
+    "square_mlp": _of_model(lambda model: model.intermediate_size == model.hidden_size),
+    "square_unembed": _of_model(lambda model: model.vocab_size == model.hidden_size),
+    "short": _becomes_short,
 }
 
 
@@ -70,7 +82,8 @@ class Showing:
         witness: A case that shows it.
         case: Conditions on fields of the case; all must hold.
         edit: Patterns of ``site`` and a choice of ``kind``: one of the case's edits meets both.
-        gap: Patterns of ``site`` and parts of ``text``, and a choice of ``kind``; all must hold.
+        gap: Patterns of ``site`` and parts of ``text``, and a choice of ``kind``; all must hold. In
+            a site, ``{edit}`` stands for that of an edit that meets ``edit``.
         later: Whether the gaps after such a one are explained by it as well.
         error: Parts of a subject's error, one of which it must have, instead of ``gap``.
         releases: In which of the defect's releases it shows so; in all of them if empty.
@@ -89,10 +102,13 @@ class Showing:
         """Whether a case is one in which the defect can show."""
         for name, condition in self.case.items():
             if name in DERIVED:
-                good = DERIVED[name](case.model) is condition
+                good = DERIVED[name](case) is condition
             else:
                 owner = case.model if hasattr(case.model, name) else case.run
-                good = _holds(condition, getattr(owner, name), DEFAULTS[name])
+                value = getattr(owner, name)
+                if name == "steps":
+                    value = tuple(step.kind for step in value)
+                good = _holds(condition, value, DEFAULTS[name])
             if not good:
                 return False
         return not self.edit or any(self._is_edit(edit) for edit in case.run.edits)
@@ -101,19 +117,30 @@ class Showing:
         sites, kinds = self.edit.get("site", ("*",)), self.edit.get("kind", EDITS)
         return _matches(edit.site, sites) and edit.kind in kinds
 
-    def explains(self, gaps: Iterable[Gap]) -> list[bool]:
-        """Which of a case's gaps it explains."""
+    def explains(self, gaps: Iterable[Gap], edits: Iterable[Edit] = ()) -> list[bool]:
+        """Which of a case's gaps it explains.
+
+        Args:
+            gaps: The gaps, in the order of execution.
+            edits: Of the case.
+        """
+        places = [edit.site for edit in edits if self._is_edit(edit)]
+        sites = [
+            pattern.replace("{edit}", place)
+            for pattern in self.gap.get("site", ("*",))
+            for place in (places if "{edit}" in pattern else ("",))
+        ]
         explained: list[bool] = []
         for gap in gaps:
             after = self.later and any(explained)
-            explained.append(after or self._is_gap(gap))
+            explained.append(after or self._is_gap(gap, sites))
         return explained
 
-    def _is_gap(self, gap: Gap) -> bool:
+    def _is_gap(self, gap: Gap, sites: Iterable[str]) -> bool:
         texts = self.gap.get("text", ("",))
         return (
             bool(self.gap)
-            and _matches(gap.site, self.gap.get("site", ("*",)))
+            and _matches(gap.site, sites)
             and gap.kind in self.gap.get("kind", KINDS)
             and any(text in gap.detail for text in texts)
         )
@@ -171,7 +198,7 @@ class Known:
         for index, (_, showing) in enumerate(self.showings):
             if not showing.meets(case):
                 continue
-            mine = showing.explains(gaps)
+            mine = showing.explains(gaps, case.run.edits)
             explained = [old or new for old, new in zip(explained, mine, strict=True)]
             if any(mine) or (reason and showing.is_error(reason)):
                 met.append(index)

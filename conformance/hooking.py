@@ -96,7 +96,8 @@ def hooked(
     assert subject.bridge is not None
     with ExitStack() as stack:
         for name, point in canonical_points(subject.bridge, known).items():
-            stack.callback(attach(point, _value_hook(recorder, name, returned)))
+            returns = returned and name in known
+            stack.callback(attach(point, _value_hook(recorder, name, returns)))
             if name in backward:
                 stack.callback(attach(point, _gradient_hook(recorder, name), "bwd"))
         yield

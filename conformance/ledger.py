@@ -25,10 +25,12 @@
     releases = "<4"                   # narrower than the defect's, if it shows so in some only
 
 A field of ``case`` is one of the model's or run's spec, or ``grouped`` (fewer key-value heads than
-heads), or ``square`` (a head's widths add up to hidden_size). Its condition is a list of the values
-allowed (a field that is itself a list must hold one of them), ``{ not = [...] }``, or ``true`` and
-``false``: another value than the field's default, and the default. Of a text, ``*`` stands for
-anything and ``?`` for one character.
+heads), or ``square_o``, ``square_mlp``, ``square_unembed`` (a weight of two equal axes), or
+``short`` (bfloat16 or float16, from the start or by a step that casts). Its condition is a list of
+the values allowed (a field that is itself a list must hold one of them; of ``steps``, their kinds),
+``{ not = [...] }``, or ``true`` and ``false``: another value than the field's default, and the
+default. Of a text, ``*`` stands for anything and ``?`` for one character; in a gap's site
+``{edit}`` stands for the site of one of the case's edits, one that meets ``edit``.
 
 Light: no torch here.
 """

@@ -25,6 +25,7 @@ from conformance.compare import (
     compare_firing,
     compare_gradients,
     compare_parameters,
+    labelled,
 )
 from conformance.edits import edited
 from conformance.observe import observe, sites_of
@@ -177,6 +178,8 @@ def returned_gradients(adapter: Adapter, case: Case) -> Iterator[Gap]:
     edits = {edit.site for edit in case.run.edits}
     wanted = {name: site for name, site in every.items() if not site.derived or name in edits}
     expected = observe(reference(case.model), case, sites=every, recorder=_Editor())
-    actual = observe(subject, case, sites=wanted, recorder=_Editor())
-    yield from compare_gradients(expected, actual, wanted)
-    yield from compare_parameters(expected, actual)
+    editor = _Editor()
+    actual = observe(subject, case, sites=wanted, recorder=editor)
+    label = "through an edit of the value" if editor.edits else "of the value as it is"
+    yield from labelled(label, compare_gradients(expected, actual, wanted))
+    yield from labelled(label, compare_parameters(expected, actual))

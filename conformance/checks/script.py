@@ -98,6 +98,15 @@ class Script:
         """The arguments of a call that takes text."""
         return {"prepend_bos": self.prepend, "padding_side": self.side}
 
+    @property
+    def label(self) -> str:
+        """How the texts are read, as far as it may matter: for the site of a gap."""
+        cut = any(len(row) > self.room for row in self.rows(truncate=False))
+        ragged = len({len(row) for row in self.rows()}) > 1
+        side = "left" if self.left else "right"
+        told = ["cut"] * cut + [f"padded on the {side}"] * ragged
+        return ", ".join([self.setup, *told])
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """A new tokenizer, for a bridge to set up."""
         made: Any = AutoTokenizer.from_pretrained(TRAINED, **TOKENIZERS[self.setup])

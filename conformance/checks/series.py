@@ -83,12 +83,18 @@ def series_gaps(adapter: Adapter, case: Case, *, derived: bool) -> list[Gap]:
     subjects = built(adapter, case)
     every = sites_of(subjects["bridged"], case)
     wanted = {name: site for name, site in every.items() if derived or not site.derived}
-    return [
-        replace(gap, site=f"run {number}, {name}: {gap.site}")
-        for number, (its, seen) in enumerate(all_runs(subjects, case, wanted))
-        for name, gaps in gaps_of(its, seen, wanted).items()
-        for gap in gaps
-    ]
+    left_out = every.keys() - wanted.keys()
+
+    def judged(seen: Observation) -> Observation:
+        fired = (name for name in seen.fired if name.split("#")[0] not in left_out)
+        return replace(seen, fired=tuple(fired))
+
+    found = []
+    for number, (its, seen) in enumerate(all_runs(subjects, case, wanted)):
+        all_gaps = gaps_of(its, {name: judged(each) for name, each in seen.items()}, wanted)
+        for name, gaps in all_gaps.items():
+            found += [replace(gap, site=f"run {number}, {name}: {gap.site}") for gap in gaps]
+    return found
 
 
 @check(

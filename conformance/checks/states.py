@@ -204,8 +204,8 @@ def refused(adapter: Adapter, case: Case) -> Iterator[Gap]:
         f"with a wrong shape of {name}": (_misshapen(state, name), name),
         f"with {extra}": ({**state, extra: torch.zeros(2, 2)}, extra),
     }
-    before = {known: each.detach().clone() for known, each in subject.parameters.items()}
     for stage, (wrong, culprit) in broken.items():
+        before = {known: each.detach().clone() for known, each in subject.parameters.items()}
         with at_work(f"load_state_dict {stage}"):
             said = _refused(partial(bridge.load_state_dict, wrong))
         if said is None:

@@ -20,7 +20,7 @@ from conformance.checks.script import (
     script,
     text_cases,
 )
-from conformance.compare import Gap, compare_tensors
+from conformance.compare import Gap, compare_tensors, labelled
 from conformance.spec import Case
 from conformance.subjects import at_work, bridged, reference
 from conformance.tolerance import of_loss
@@ -36,6 +36,10 @@ from conformance.tolerance import of_loss
 def tokens(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """No model is run. An END that a tokenizer appends is taken off again: a text goes on."""
     told = script(case)
+    yield from labelled(told.label, _tokens(adapter, case, told))
+
+
+def _tokens(adapter: Adapter, case: Case, told: Script) -> Iterator[Gap]:
     subject = bridged(case.model, adapter, tokenizer=told.tokenizer())
     bridge: Any = subject.bridge
     draw = Random(case.run.token_seed)
@@ -104,6 +108,10 @@ def forward(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Only real tokens are compared. One text is also given as a string."""
     case = maskable(case)
     told = script(case)
+    yield from labelled(told.label, _forward(adapter, case, told))
+
+
+def _forward(adapter: Adapter, case: Case, told: Script) -> Iterator[Gap]:
     bridge: Any = bridged(case.model, adapter, tokenizer=told.tokenizer()).bridge
     truth = reference(case.model).model
     rows = told.rows()
@@ -118,7 +126,8 @@ def forward(adapter: Adapter, case: Case) -> Iterator[Gap]:
             logits, cache = bridge.run_with_cache(texts, **told.asked)
     pairs = {"logits": (expected.logits, bare), "logits under a cache": (expected.logits, logits)}
     for name, due in zip(("cos", "sin"), turned, strict=True):
-        pairs[f"rotary_emb.hook_{name}"] = due, cache[f"rotary_emb.hook_{name}"].expand_as(due)
+        got = cache[f"rotary_emb.hook_{name}"]
+        pairs[f"rotary_emb.hook_{name}"] = due, got.expand(len(due), *got.shape[1:])
     for layer, pattern in enumerate(expected.attentions):
         name = f"blocks.{layer}.attn.hook_pattern"
         pairs[name] = pattern.transpose(1, 2), cache[name].transpose(1, 2)
@@ -140,6 +149,10 @@ def loss(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Pads have no label by hand, on whichever side they are."""
     case = maskable(case)
     told = script(case)
+    yield from labelled(told.label, _loss(adapter, case, told))
+
+
+def _loss(adapter: Adapter, case: Case, told: Script) -> Iterator[Gap]:
     bridge: Any = bridged(case.model, adapter, tokenizer=told.tokenizer()).bridge
     truth: Any = reference(case.model).model
     rows = told.rows()

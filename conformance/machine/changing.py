@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from conformance.checks.forked import is_exact
 from conformance.checks.support import quiet
 from conformance.compare import Gap, bitwise, compare_tensors
 from conformance.machine.executor import Machine, Original, named_parameters
@@ -20,7 +21,12 @@ from conformance.subjects import at_work, unpatcher
 from conformance.tolerance import of_log_probabilities
 
 
-@move("flag")
+def _changes_no_bit(machine: Machine, step: Step) -> bool:
+    """Whether a flag may be on where all is compared bit for bit: ``flags.*`` judge the others."""
+    return step.flag == "use_hook_mlp_in" or is_exact(machine.adapter)
+
+
+@move("flag", _changes_no_bit)
 def flag(machine: Machine, step: Step) -> Iterator[Gap]:
     """Turned over. The second of two that exclude each other is refused, and nothing changes."""
     name, flags = step.flag, machine.state.flags
@@ -123,8 +129,13 @@ def thaw(machine: Machine, step: Step) -> Iterator[Gap]:
 
 @move("deepcopy")
 def deepcopy(machine: Machine, step: Step) -> Iterator[Gap]:
-    """The copy goes on; PyTorch copies hooks, and no gradients."""
+    """The copy goes on; PyTorch copies hooks, and no gradients.
+
+    Earlier originals live on: what a copy is without them must not hang on the garbage collector.
+    """
     case, expected = machine.shown()
+    if machine.original is not None:
+        machine.kept.append(machine.original.bridge)
     machine.original = Original(machine.bridge, machine.state, case, expected.logits)
     with at_work("copy.deepcopy"):
         machine.bridge = copy.deepcopy(machine.bridge)

@@ -84,6 +84,7 @@ class Machine:
         known: What an OLMo of this size can fire at all.
         bare: How many hooks each hook point had when the bridge was built.
         original: What the bridge is a deep copy of.
+        kept: What that was copied from, and so on.
     """
 
     def __init__(self, adapter: type[ArchitectureAdapter], case: Case) -> None:
@@ -99,6 +100,7 @@ class Machine:
         self.sites: dict[str, Site] = observable(case.model, built.optional_hooks)
         self.bare = self.hook_counts(self.bridge)
         self.original: Original | None = None
+        self.kept: list[TransformerBridge] = []
         self._truth: tuple[State, Subject] | None = None
         self._shown: tuple[State, Case, Observation] | None = None
 

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from conformance.checks import REGISTRY
+from conformance.checks import REGISTRY, judge
 from conformance.compare import Gap
 from conformance.data import FIXTURES
 from conformance.defects import Known, Showing
 from conformance.fields import SpecError
 from conformance.history.releases import RELEASES
 from conformance.ledger import known, ledger, read
-from conformance.spec import Case, Edit, ModelSpec, RunSpec
+from conformance.run import load_adapter, versions
+from conformance.spec import Case, Edit, ModelSpec, RunSpec, Step
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,6 +54,7 @@ def showing(**fields: str) -> Showing:
     return only
 
 
+CAST = (Step(kind="forward"), Step(kind="cast", dtype="float16"))
 CLIPPED = Case(model=ModelSpec(clip_qkv=0.0, dtype="bfloat16", biases=("v", "o")))
 
 
@@ -77,6 +79,11 @@ CLIPPED = Case(model=ModelSpec(clip_qkv=0.0, dtype="bfloat16", biases=("v", "o")
         ("square_o = false", Case(model=ModelSpec(head_dim=4)), True),
         ("square_mlp = true", Case(model=ModelSpec(intermediate_size=16)), True),
         ("square_unembed = true", Case(model=ModelSpec(vocab_size=16)), True),
+        ("short = true", CLIPPED, True),
+        ("short = true", Case(run=RunSpec(steps=CAST)), True),
+        ("short = true", Case(run=RunSpec(steps=CAST[:1])), False),
+        ('steps = ["cast"]', Case(run=RunSpec(steps=CAST)), True),
+        ('steps = ["cast"]', Case(run=RunSpec(steps=CAST[:1])), False),
         ("clip_qkv = true, training = true", CLIPPED, False),  # all must hold
     ],
 )
@@ -116,6 +123,17 @@ def test_a_gap_is_explained_by_site_kind_and_text() -> None:
     assert showing(gap='{ site = ["logit."] }').explains([LATER]) == [False]
     heads = Gap("attentions[0]", "value", "")
     assert showing(gap='{ site = ["attentions[?]"] }').explains([heads]) == [True]
+
+
+def test_a_gap_may_have_to_be_at_an_edit() -> None:
+    only = showing(
+        edit='{ kind = ["scale"] }',
+        witness='{ run = { edits = [{ site = "logits" }] } }',
+        gap='{ site = ["{edit}*"], kind = ["value"] }',
+    )
+    edits = (Edit(site="logits"), Edit(site="embed.hook_out", kind="in_place"))
+    assert only.explains([BEFORE, LATER], edits) == [False, True]
+    assert only.explains([LATER], edits[1:]) == [False]
 
 
 def test_what_comes_later_is_explained_and_what_came_before_is_not() -> None:
@@ -236,3 +254,22 @@ def test_every_defect_of_the_newest_release_has_a_reproducer_and_an_issue() -> N
             assert script.with_suffix(".md").exists(), defect.id
     named = {defect.reproducer for defect in ledger()} - {""}
     assert {f"reproducers/{path.name}" for path in (FIXTURES / "reproducers").glob("*.py")} == named
+
+
+@pytest.mark.skipif(
+    versions()["transformer-lens"] != RELEASES[-1], reason="the witnesses are of the newest release"
+)
+def test_every_way_to_show_is_shown_by_its_own_witness() -> None:
+    """Under one of its checks; `--adapter upstream` has them all, and drawn cases beside them."""
+    adapter, silent = load_adapter("upstream"), []
+    for defect in ledger():
+        for at, shows in enumerate(defect.shows):
+            if not (defect.releases & shows.releases).contains(RELEASES[-1]):
+                continue
+            check = REGISTRY[shows.promises[-1]]
+            verdict = judge(check, adapter, shows.witness)
+            only = Known(((defect.id, shows),))
+            met, _ = only.sort(shows.witness, verdict.gaps, verdict.reason)
+            if not met:
+                silent.append((defect.id, at, check.name))
+    assert silent == []

@@ -70,7 +70,13 @@ def stands_alone(script: str) -> bool:
         for node in ast.walk(ast.parse(script))
         if isinstance(node, (ast.Import, ast.ImportFrom))
     }
-    return imported <= {"copy", "io", "pickle", "torch", "transformers", "transformer_lens"}
+    standard = {"copy", "io", "pathlib", "pickle", "tempfile"}
+    with_transformers = {"safetensors", "tokenizers"}  # which cannot be without them
+    return imported <= {
+        *standard,
+        *with_transformers,
+        *("torch", "transformers", "transformer_lens"),
+    }
 
 
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
