@@ -10,13 +10,20 @@ from typing import Any
 import torch
 
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import needs_patch, within_clip
+from conformance.checks.support import has_exact, needs_patch, within_clip
 from conformance.compare import Gap, compare_tensors
 from conformance.inputs import inputs
 from conformance.observe import Observation, observe
 from conformance.spec import Case
 from conformance.strategies import cases, clipped_cases
-from conformance.subjects import Subject, at_work, bridged, patched, reference
+from conformance.subjects import (
+    Subject,
+    at_work,
+    bridged,
+    make_adapter,
+    patched,
+    reference,
+)
 from conformance.tolerance import exactly, of_loss
 
 
@@ -106,25 +113,44 @@ def patched_exact(adapter: Adapter, case: Case) -> Iterator[Gap]:
 
 @check(
     "forward.patch_warning",
-    "A model patched by default says once that its clamp is skipped; a bridged one never does.",
+    "A model patched by default says once that its clamp is skipped, with the clip and the way to "
+    "keep it, each model for itself and no more when it is patched again; one patched exactly or "
+    "bridged never does.",
     clipped_cases,
     examples=0.1,
 )
 def patch_warning(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Two forwards of each: one warning of the first, none of the second subject."""
+    """Two models, each run twice, patched again and run again; then the silent ones."""
     needs_patch(adapter)
 
     def warned(act: Callable[[], object]) -> list[str]:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             act()
-        return [str(warning.message) for warning in seen if "clip_qkv" in str(warning.message)]
+        texts = [str(warning.message) for warning in seen]
+        return [text for text in texts if "clip" in text or "clamp" in text]
 
-    subject: list[Subject] = []
-    if said := warned(lambda: subject.append(patched(case.model, adapter))):
-        yield Gap("prepare_model", "contract", f"warned before any forward: {said[0]}")
-    said = [*warned(lambda: observe(subject[0], case)), *warned(lambda: observe(subject[0], case))]
-    if len(said) != 1:
-        yield Gap("patched forward", "contract", f"warned {len(said)} times in two forwards")
-    if said := warned(lambda: observe(bridged(case.model, adapter, prepared=True), case)):
-        yield Gap("bridged forward", "contract", f"warned: {said[0]}")
+    for which in ("patched forward", "patched forward of a second model"):
+        subject: list[Subject] = []
+        if said := warned(lambda held=subject: held.append(patched(case.model, adapter))):
+            yield Gap("prepare_model", "contract", f"warned before any forward: {said[0]}")
+        (here,) = subject
+        said = [text for _ in range(2) for text in warned(lambda at=here: observe(at, case))]
+        if len(said) != 1:
+            yield Gap(which, "contract", f"warned {len(said)} times in two forwards")
+        words = [str(case.model.clip_qkv), *(["exact_clip=True"] if has_exact(adapter) else [])]
+        for text in said:
+            if missing := [word for word in words if word not in text]:
+                told = f"the warning does not say {', '.join(missing)}: {text}"
+                yield Gap(which, "contract", told)
+        again = make_adapter(adapter, here.model)
+        with at_work("patching again"):
+            again.prepare_model(here.model)
+        if said := warned(lambda at=here: observe(at, case)):
+            yield Gap(f"{which}, again", "contract", f"warned once more: {said[0]}")
+    silent = {"bridged": lambda: bridged(case.model, adapter, prepared=True)}
+    if has_exact(adapter):
+        silent["exactly patched"] = lambda: patched(case.model, adapter, exact_clip=True)
+    for kind, build in silent.items():
+        if said := warned(lambda build=build: observe(build(), case)):
+            yield Gap(f"{kind} forward", "contract", f"warned: {said[0]}")
