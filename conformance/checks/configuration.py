@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from hypothesis.strategies import SearchStrategy
+from transformer_lens.config import TransformerBridgeConfig
 from transformers.models.olmo.modeling_olmo import (
     OlmoAttention,
     OlmoMLP,
@@ -17,7 +18,8 @@ from transformers.models.olmo.modeling_olmo import (
 
 from conformance.checks.modes import DROPS
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import in_one_forward, needs_patch, sites_to_hook
+from conformance.checks.support import bridge_of, in_one_forward, needs_patch, sites_to_hook
+from conformance.checks.surface import FLAGS
 from conformance.compare import (
     Gap,
     compare_gradients,
@@ -28,21 +30,52 @@ from conformance.compare import (
 from conformance.observe import observe, sites_of
 from conformance.spec import Case
 from conformance.strategies import cases, model_specs
-from conformance.subjects import Subject, bridged, patched, reference
+from conformance.subjects import (
+    Subject,
+    bridged,
+    hf_model,
+    lens_config,
+    patched,
+    reference,
+)
 from conformance.taps import LAYER_NORM_EPS
 from conformance.verdict import NotApplicable
+
+# Of these transformer_lens' translation knows too little, or a bridge tells them later.
+_NOT_TRANSLATED = {
+    *("clip_qkv", "attention_dropout", "rotary_base", "d_head", "n_key_value_heads"),
+    *("tie_word_embeddings", "d_vocab_out", "device", "n_params"),
+}
 
 
 @check(
     "configuration.truth",
     "cfg carries the model's clip_qkv, attention_dropout, rotary_base, d_head, n_key_value_heads, "
-    "eps and tying.",
+    "eps and tying; all else that transformer_lens has translated from the model's configuration, "
+    "of the bridge and of each component, is what the adapter says of OLMo, or still that.",
     cases,
     examples=0.2,
 )
 def truth(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Field by field, on the bridge and on the configuration each attention reads."""
+    """Field by field, on the bridge and on the configuration each component reads."""
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    translated = {
+        name: FLAGS.get(name, value)
+        for name, value in vars(lens_config(hf_model(case.model))).items()
+        if name not in _NOT_TRANSLATED
+    }
+    known: set[int] = set()
+    for path, component in bridge_of(subject).named_modules():
+        config = getattr(component, "config" if path else "cfg", None)
+        if not isinstance(config, TransformerBridgeConfig) or id(config) in known:
+            continue
+        known.add(id(config))
+        for name, value in translated.items():
+            got = getattr(config, name, "absent")
+            if got != value:
+                where = f"{path}.config" if path else "cfg"
+                told = f"{got!r} instead of {value!r}"
+                yield Gap(f"{where}.{name}", "contract", told)
     assert subject.bridge is not None
     model = case.model
     due = {

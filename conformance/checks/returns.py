@@ -81,11 +81,12 @@ def _mean(losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     examples=0.2,
 )
 def kinds(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Every return_type, of one bridge in eval mode."""
-    case = in_one_forward(case, training=False)
+    """Every return_type, of one bridge, in train mode too where nothing is dropped."""
+    training = case.run.training and not case.model.attention_dropout
+    case = in_one_forward(case, training=training)
     data = inputs(case)
     expected = observe(reference(case.model), case, backward=False).logits
-    bridge = bridge_of(bridged(case.model, adapter, prepared=case.run.prepared)).eval()
+    bridge = bridge_of(bridged(case.model, adapter, prepared=case.run.prepared)).train(training)
     rest = told(case, data, derived=False)
     with at_work("return_type"), torch.no_grad():
         nothing = bridge(data.tokens, return_type=None, **rest)

@@ -122,3 +122,6 @@ def untouched(adapter: Adapter, case: Case) -> Iterator[Gap]:
             if after.get(thing) != was:
                 told = f"{after.get(thing)!r:.60} instead of {was!r:.60}"
                 yield Gap(thing, "contract", f"after {name}: {told}")
+    if built[0].training != model.whole.training:
+        told = f"begins in the mode training={built[0].training}, and its model was not in that"
+        yield Gap("TransformerBridge(...).training", "contract", told)
