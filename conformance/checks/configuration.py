@@ -19,7 +19,7 @@ from transformers.models.olmo.modeling_olmo import (
 from conformance.checks.modes import DROPS
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import bridge_of, in_one_forward, needs_patch, sites_to_hook
-from conformance.checks.surface import FLAGS
+from conformance.checks.surface import FLAGS, NOT_TRANSLATED
 from conformance.compare import (
     Gap,
     compare_gradients,
@@ -41,12 +41,6 @@ from conformance.subjects import (
 from conformance.taps import LAYER_NORM_EPS
 from conformance.verdict import NotApplicable
 
-# Of these transformer_lens' translation knows too little, or a bridge tells them later.
-_NOT_TRANSLATED = {
-    *("clip_qkv", "attention_dropout", "rotary_base", "d_head", "n_key_value_heads"),
-    *("tie_word_embeddings", "d_vocab_out", "device", "n_params"),
-}
-
 
 @check(
     "configuration.truth",
@@ -62,7 +56,7 @@ def truth(adapter: Adapter, case: Case) -> Iterator[Gap]:
     translated = {
         name: FLAGS.get(name, value)
         for name, value in vars(lens_config(hf_model(case.model))).items()
-        if name not in _NOT_TRANSLATED
+        if name not in NOT_TRANSLATED
     }
     known: set[int] = set()
     for path, component in bridge_of(subject).named_modules():
@@ -70,6 +64,8 @@ def truth(adapter: Adapter, case: Case) -> Iterator[Gap]:
         if not isinstance(config, TransformerBridgeConfig) or id(config) in known:
             continue
         known.add(id(config))
+        if config.d_vocab_out not in (-1, case.model.vocab_size):
+            yield Gap("cfg.d_vocab_out", "contract", f"{config.d_vocab_out}")
         for name, value in translated.items():
             got = getattr(config, name, "absent")
             if got != value:

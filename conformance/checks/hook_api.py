@@ -206,7 +206,12 @@ class _Script:
         return f"reset_hooks({direction=}, including_permanent={permanent}, {level=})"
 
     def passing(self) -> str:
-        """One call of run_with_hooks, whose own hooks act with the others and leave with it."""
+        """One call of run_with_hooks, whose own hooks leave with it, or of run_with_cache."""
+        if self.draw(4) == 0:
+            # Within the contexts that are open, whose hooks it must leave alone.
+            cached = self.bridge.run_with_cache
+            self.run("in run_with_cache", lambda *a, **named: cached(*a, **named)[0])
+            return "run_with_cache"
         level, resets = len(self.contexts) + 1, bool(self.draw(3))
         own = [self.entry(level=level) for _ in range(1 + self.draw(3))]
         own.sort(key=lambda entry: entry.direction != "fwd")
