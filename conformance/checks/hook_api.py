@@ -206,12 +206,7 @@ class _Script:
         return f"reset_hooks({direction=}, including_permanent={permanent}, {level=})"
 
     def passing(self) -> str:
-        """One call of run_with_hooks, whose own hooks leave with it, or of run_with_cache."""
-        if self.draw(4) == 0:
-            # Within the contexts that are open, whose hooks it must leave alone.
-            cached = self.bridge.run_with_cache
-            self.run("in run_with_cache", lambda *a, **named: cached(*a, **named)[0])
-            return "run_with_cache"
+        """One call of run_with_hooks, whose own hooks act with the others and leave with it."""
         level, resets = len(self.contexts) + 1, bool(self.draw(3))
         own = [self.entry(level=level) for _ in range(1 + self.draw(3))]
         own.sort(key=lambda entry: entry.direction != "fwd")
@@ -220,6 +215,12 @@ class _Script:
         self.run(f"in {what}", partial(self.bridge.run_with_hooks, **self.pairs(own, resets)))
         self.remove(lambda entry: resets and entry in own)
         return what
+
+    def cached(self) -> str:
+        """One call of run_with_cache, which leaves the hooks of others alone."""
+        cached = self.bridge.run_with_cache
+        self.run("in run_with_cache", lambda *a, **named: cached(*a, **named)[0])
+        return "run_with_cache"
 
     def finish(self) -> None:
         """Leave all contexts, look at what is permanent, and take that off too."""
@@ -249,7 +250,7 @@ def ledger(adapter: Adapter, case: Case) -> Iterator[Gap]:
     script = _Script(subject, case, some_sites(subject, case, 3))
     # Twice what the other steps need, to have something to act on, or act upon.
     twice = (script.add, script.reset)
-    steps = (*twice, *twice, script.open, script.passing, script.close)
+    steps = (*twice, *twice, script.open, script.passing, script.close, script.cached)
     with at_work("a script of hooks"):
         for _ in range(STEPS):
             what = steps[script.draw(len(steps))]()
