@@ -141,6 +141,13 @@ class _Script:
         """Add a hook by name, in front of or behind those that are there."""
         entry = self.entry(permanent=bool(self.draw(2)))
         function, permanent = self.function(entry), entry.permanent
+        if permanent and self.draw(2):
+            names, point = self.names[entry.site], self.points[entry.site]
+            by_name = self.bridge, (names[self.draw(len(names))],)
+            owner, where = (by_name, (point, ()), (point, ()))[self.draw(3)]
+            owner.add_perma_hook(*where, function, dir=entry.direction)
+            self.entries.append(entry)
+            return f"add_perma_hook of a {type(owner).__name__}"
         if self.draw(2):
             point = self.points[entry.site]
             handle = point.add_hook(function, entry.direction, permanent, prepend=True)
@@ -149,11 +156,6 @@ class _Script:
             return f"add_hook(prepend=True, {permanent=})"
         names = self.names[entry.site]
         name = names[self.draw(len(names))]
-        if permanent and self.draw(2):
-            owner, where = ((self.bridge, (name,)), (self.points[entry.site], ()))[self.draw(2)]
-            owner.add_perma_hook(*where, function, dir=entry.direction)
-            self.entries.append(entry)
-            return f"add_perma_hook of a {type(owner).__name__}"
         self.bridge.add_hook(name, function, dir=entry.direction, is_permanent=permanent)
         self.entries.append(entry)
         return f"add_hook({permanent=})"

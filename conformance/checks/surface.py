@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
@@ -20,7 +21,7 @@ from conformance.compare import Gap
 from conformance.observe import observe
 from conformance.parts import TABLE, accessors
 from conformance.spec import Case
-from conformance.strategies import cases
+from conformance.strategies import cases, model_specs
 from conformance.subjects import (
     ARCHITECTURE,
     Subject,
@@ -208,7 +209,7 @@ def _package(adapter: Adapter) -> ModuleType:
     "The package's bridge(hf_model) wraps that very model, exactly, with a tokenizer if there is "
     "one, and registers nothing; after its register(), once or twice, and not before, "
     "transformer_lens builds every OLMo with this adapter.",
-    cases,
+    lambda: cases(models=model_specs(ties=st.sampled_from((False, True)))),
     examples=0.1,
 )
 def entrances(adapter: Adapter, case: Case) -> Iterator[Gap]:

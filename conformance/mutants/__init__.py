@@ -30,6 +30,7 @@ from conformance.mutants import (
     surface,
     text,
     training,
+    unseen,
     weights,
 )
 from conformance.mutants.catalogue import CATALOGUE, Mutant
@@ -69,5 +70,6 @@ __all__ = [
     "surface",
     "text",
     "training",
+    "unseen",
     "weights",
 ]
