@@ -147,13 +147,6 @@ def _calls(pair: Pair, draw: Drawer, *masks: torch.Tensor | None) -> list[list[C
     return [[call(mask, *rows) for rows in pairwise(bounds)] for mask in masks]
 
 
-def _by_position(call: Call) -> Call:
-    """The same arguments, as far as `OlmoAttention.forward` names them, in its order."""
-    named = dict(call.kwargs)
-    ordered = ("hidden_states", "position_embeddings", "attention_mask")
-    return Call(tuple(named.pop(name) for name in ordered), named)
-
-
 def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The mask as Hugging Face's eager attention takes it."""
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
@@ -176,7 +169,6 @@ def attention(adapter: Adapter, case: Case) -> Iterator[Gap]:
     calls = _calls(pair, draw, drawn, seen, causal, None)
     for kind, (ours, theirs) in {
         "an additive mask": (calls[0], calls[0]),
-        "arguments by position": ([_by_position(call) for call in calls[0]],) * 2,
         "a boolean mask": (calls[1], calls[0]),
         "no mask": (calls[3], calls[2]),
     }.items():

@@ -19,7 +19,7 @@ from transformers.models.olmo.modeling_olmo import (
 from conformance.checks.modes import DROPS
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import bridge_of, in_one_forward, needs_patch, sites_to_hook
-from conformance.checks.surface import FLAGS, NOT_TRANSLATED
+from conformance.checks.surface import FLAGS, is_told
 from conformance.compare import (
     Gap,
     compare_gradients,
@@ -56,7 +56,7 @@ def truth(adapter: Adapter, case: Case) -> Iterator[Gap]:
     translated = {
         name: FLAGS.get(name, value)
         for name, value in vars(lens_config(hf_model(case.model))).items()
-        if name not in NOT_TRANSLATED
+        if is_told(name, value)
     }
     known: set[int] = set()
     for path, component in bridge_of(subject).named_modules():

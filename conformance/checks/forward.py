@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,27 +131,33 @@ def patch_warning(adapter: Adapter, case: Case) -> Iterator[Gap]:
         texts = [str(warning.message) for warning in seen]
         return [text for text in texts if "clip" in text or "clamp" in text]
 
+    def build(exact: bool | None = None) -> Subject:
+        return patched(case.model, adapter, exact_clip=exact)
+
+    def watch(subject: Subject) -> list[str]:
+        return warned(partial(observe, subject, case))
+
+    words = [str(case.model.clip_qkv), *(["exact_clip=True"] if has_exact(adapter) else [])]
     for which in ("patched forward", "patched forward of a second model"):
-        subject: list[Subject] = []
-        if said := warned(lambda held=subject: held.append(patched(case.model, adapter))):
+        built: list[Subject] = []
+        if said := warned(lambda: built.append(build())):  # noqa: B023 - called at once
             yield Gap("prepare_model", "contract", f"warned before any forward: {said[0]}")
-        (here,) = subject
-        said = [text for _ in range(2) for text in warned(lambda at=here: observe(at, case))]
+        (subject,) = built
+        said = [*watch(subject), *watch(subject)]
         if len(said) != 1:
             yield Gap(which, "contract", f"warned {len(said)} times in two forwards")
-        words = [str(case.model.clip_qkv), *(["exact_clip=True"] if has_exact(adapter) else [])]
         for text in said:
             if missing := [word for word in words if word not in text]:
                 told = f"the warning does not say {', '.join(missing)}: {text}"
                 yield Gap(which, "contract", told)
-        again = make_adapter(adapter, here.model)
+        again = make_adapter(adapter, subject.model)
         with at_work("patching again"):
-            again.prepare_model(here.model)
-        if said := warned(lambda at=here: observe(at, case)):
+            again.prepare_model(subject.model)
+        if said := watch(subject):
             yield Gap(f"{which}, again", "contract", f"warned once more: {said[0]}")
-    silent = {"bridged": lambda: bridged(case.model, adapter, prepared=True)}
+    silent = {"bridged": bridged(case.model, adapter, prepared=True)}
     if has_exact(adapter):
-        silent["exactly patched"] = lambda: patched(case.model, adapter, exact_clip=True)
-    for kind, build in silent.items():
-        if said := warned(lambda build=build: observe(build(), case)):
+        silent["exactly patched"] = build(exact=True)
+    for kind, subject in silent.items():
+        if said := watch(subject):
             yield Gap(f"{kind} forward", "contract", f"warned: {said[0]}")

@@ -177,6 +177,12 @@ _LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+def _contiguous(
+    change: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor
+) -> torch.Tensor:
+    return change(tensor).contiguous()
+
+
 @check(
     "interventions.layouts",
     "What a hook of queries, keys, values or z returns may lie in memory as it likes, transposed, "
@@ -200,7 +206,7 @@ def layouts(adapter: Adapter, case: Case) -> Iterator[Gap]:
             point.remove_hooks()
 
     for name, change in _LAYOUTS.items():
-        due = hooked(lambda x, change=change: change(x).contiguous())
+        due = hooked(partial(_contiguous, change))
         got = hooked(change)
         yield from labelled(
             f"{site}, {name}",

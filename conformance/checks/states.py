@@ -74,7 +74,8 @@ def names(adapter: Adapter, case: Case) -> Iterator[Gap]:
         if tensor.requires_grad:
             yield Gap(name, "contract", "requires a gradient")
     with at_work("state_dict(keep_vars=True)"):
-        kept = {id(each) for each in bridge.state_dict(keep_vars=True).values()}
+        variables = bridge.state_dict(keep_vars=True)  # type: ignore[no-untyped-call]
+        kept = {id(each) for each in variables.values()}
     for name, parameter in subject.parameters.items():
         if id(parameter) not in kept:
             yield Gap(f"{name} with keep_vars=True", "contract", "is not the parameter itself")

@@ -51,6 +51,12 @@ NOT_TRANSLATED = {
     *("tie_word_embeddings", "d_vocab_out", "device", "n_params"),
 }
 
+
+def is_told(name: str, translated: Any) -> bool:
+    """Whether transformer_lens' translation says something that an adapter may not change."""
+    return name not in NOT_TRANSLATED and translated not in (None, -1)
+
+
 OPTIONAL_PARAMETERS = (
     "blocks.{i}.attn.b_Q",
     "blocks.{i}.attn.b_K",
@@ -117,7 +123,7 @@ def constructor(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield Gap("cfg", "contract", "not the configuration that was given")
     for name, due in {**vars(lens_config(hf_model(case.model))), **FLAGS}.items():
         got = getattr(made.cfg, name, "absent")
-        if got != due and name not in NOT_TRANSLATED:
+        if got != due and is_told(name, due):
             yield Gap(f"cfg.{name}", "contract", f"{got!r} instead of {due!r}")
     for name in vars(ArchitectureAdapter):
         if name.startswith("supports_") and not getattr(made, name, False):

@@ -75,7 +75,7 @@ def _with_a_past(case: Case) -> _Model:
     linears = [module for module in modules.values() if isinstance(module, nn.Linear)]
     hooked = linears[draw(len(linears))]
     hooked.register_forward_hook(_look)
-    hooked.register_full_backward_hook(_look)  # type: ignore[arg-type]
+    hooked.register_full_backward_hook(_look)
     whole.config.use_cache = bool(draw(2))
     whole.generation_config.use_cache = bool(draw(2))
     return _Model(whole, modules, parameters, hooked)

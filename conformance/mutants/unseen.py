@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from operator import methodcaller
 from types import SimpleNamespace
 from typing import Any
 
@@ -84,18 +85,6 @@ def reported_early(original: Any) -> Any:
         return output, pattern
 
     return forward
-
-
-@mutant(
-    "components.mask_by_name",
-    "arguments by position",
-    "components.attention",
-    OlmoAttentionBridge,
-    "forward",
-)
-def mask_by_name(original: Any) -> Any:
-    """A mask that is given by position is not seen."""
-    return lambda self, *args, **kwargs: original(self, *args[:2], **kwargs)
 
 
 @mutant("hook_api.perma_backward", "any", "hook_api.ledger", OlmoHookPoint, "add_perma_hook")
@@ -407,7 +396,7 @@ def _after(act: Callable[[Any], object]) -> Make:
     return make
 
 
-for name, breaks, trigger, killer, owner_method, act in (
+for name, breaks, trigger, killer, owner_method, then in (
     ("copies.cast_evaluates", "a cast ends train mode", "train mode", "copies.cast", "to", "eval"),
     (
         "copies.cast_zeroes",
@@ -434,7 +423,7 @@ for name, breaks, trigger, killer, owner_method, act in (
         "eval",
     ),
 ):
-    make = _after(lambda bridge, what=act: getattr(bridge, what)())
+    make = _after(methodcaller(then))
     add(name, breaks, trigger, killer, OlmoTransformerBridge, owner_method, make)
 
 
