@@ -31,6 +31,7 @@ from conformance.mutants import (
     text,
     training,
     unseen,
+    unseen_surface,
     weights,
 )
 from conformance.mutants.catalogue import CATALOGUE, Mutant
@@ -71,5 +72,6 @@ __all__ = [
     "text",
     "training",
     "unseen",
+    "unseen_surface",
     "weights",
 ]
