@@ -132,6 +132,19 @@ def test_an_attention_called_alone(dtype: Any) -> None:
         attention(hidden)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_attention_called_alone_by_position_and_at_positions(dtype: Any) -> None:
+    reference, bridge = models.pair(dtype=dtype, **SHAPES["gqa-clip-bias"])
+    bridge.adapter.setup_component_testing(bridge.original_model, bridge)
+    hidden, positions = torch.randn(2, 6, 32).to(dtype), torch.tensor([[0, 0, 1, 3, 4, 9]])
+    rotary = reference.model.rotary_emb(hidden, positions)
+    mask = torch.full((1, 1, 6, 6), torch.finfo(dtype).min, dtype=dtype).triu(2)
+    expected = reference.model.layers[1].self_attn(hidden, rotary, mask)[0]
+    attention = bridge.blocks[1].attn
+    assert same(attention(hidden, rotary, mask)[0], expected)
+    assert same(attention(hidden, position_ids=positions, attention_mask=mask)[0], expected)
+
+
 def test_no_bias_to_train_is_added() -> None:
     reference, bridge = models.pair()
     names = [name for name, _ in bridge.original_model.named_parameters()]

@@ -60,6 +60,7 @@ from conformance.checks import (
     symmetries,
     text,
     training,
+    untouched,
     weights,
     wiring,
 )
@@ -129,6 +130,7 @@ __all__ = [
     "symmetries",
     "text",
     "training",
+    "untouched",
     "weights",
     "wiring",
 ]

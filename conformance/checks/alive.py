@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from transformer_lens.hook_points import HookPoint
 
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import turn
-from conformance.compare import Gap, compare_tensors
+from conformance.checks.support import blaming, bridge_of, exact_gaps, in_one_forward, turn
+from conformance.compare import Gap, bitwise
 from conformance.hooking import hook_points
 from conformance.inputs import inputs
+from conformance.observe import arguments, started
 from conformance.spec import Case
 from conformance.strategies import cases
 from conformance.subjects import Subject, at_work, bridged, reference
-from conformance.tolerance import exactly
 
 # Flags that cannot be on together are in different settings.
 SETTINGS = (
@@ -70,23 +71,52 @@ def advertised(adapter: Adapter, case: Case) -> Iterator[Gap]:
 
 @check(
     "alive.output_attentions",
-    "output_attentions=True returns every layer's pattern, Hugging Face's own.",
+    "output_attentions=True returns every layer's pattern, Hugging Face's own, dropout, gradient "
+    "and all, as the hooks of hook_pattern have left it.",
     cases,
-    examples=0.2,
+    examples=0.3,
 )
 def output_attentions(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Asked of the wrapped model, as run_with_cache and Hugging Face users do."""
-    tokens = inputs(case).tokens
-    subject = bridged(case.model, adapter, prepared=case.run.prepared)
-    with torch.no_grad():
-        expected = reference(case.model).model(tokens, output_attentions=True).attentions
-        assert subject.bridge is not None
-        with at_work("output_attentions=True"):
-            model = subject.bridge.original_model
-            actual = model(tokens, output_attentions=True).attentions or ()
+    case = in_one_forward(case)
+    truth, subject = reference(case.model), bridged(case.model, adapter, prepared=case.run.prepared)
+    bridge = bridge_of(subject)
+    given = {**arguments(truth, case), "output_attentions": True}
+
+    def patterns(asked: Subject) -> list[torch.Tensor]:
+        with started(asked, case), blaming(asked, "output_attentions=True"):
+            return list(asked.model(**given).attentions or ())
+
+    expected, actual = patterns(truth), patterns(subject)
     if len(actual) != len(expected):
         yield Gap("attentions", "count", f"{len(actual)} layers instead of {len(expected)}")
         return
     for block, (due, got) in enumerate(zip(expected, actual, strict=True)):
-        gap = compare_tensors(f"attentions[{block}]", due, got, exactly(due.dtype))
-        yield from [gap] if gap else []
+        yield from bitwise(f"attentions[{block}]", due.detach(), got.detach())
+    due_gradients = _gradients_of(truth, expected)
+    with at_work("a gradient of output_attentions=True"):
+        got_gradients = _gradients_of(subject, actual)
+    for gap in exact_gaps(due_gradients, got_gradients):
+        yield replace(gap, site=f"gradient of the attentions: {gap.site}", kind="gradient")
+    block = case.run.token_seed % len(expected)
+
+    def halve(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor:
+        return tensor * 0.5
+
+    with bridge.hooks(fwd_hooks=[(f"blocks.{block}.attn.hook_pattern", halve)]):
+        edited = patterns(subject)
+    due = expected[block].detach() * 0.5
+    yield from bitwise(f"attentions[{block}], edited", due, edited[block].detach())
+
+
+def _gradients_of(
+    subject: Subject, attentions: list[torch.Tensor]
+) -> dict[str, torch.Tensor | None]:
+    """What an equal sum of all patterns but their first keys sends to each parameter."""
+    total = sum(pattern[..., 1:].sum() for pattern in attentions)
+    names = list(subject.parameters)
+    asked = list(subject.parameters.values())
+    if not isinstance(total, torch.Tensor) or not total.requires_grad:
+        return dict.fromkeys(names)
+    found = torch.autograd.grad(total, asked, allow_unused=True)
+    return dict(zip(names, found, strict=True))

@@ -61,6 +61,7 @@ def _some_names(
     alias = aliases[draw(len(aliases))]
     site = list(every)[draw(len(every))]
     filters: list[tuple[Any, Collection[str]]] = [
+        ([], []),
         (None, known),
         (site, [site]),
         (alias, [alias]),

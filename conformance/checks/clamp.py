@@ -1,21 +1,31 @@
-"""The hooks around the clamp, and its gradient at the kink."""
+"""The hooks around the clamp, its gradient at the kink, and clips of any size."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from math import sqrt
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 from conformance.checks.registry import Adapter, check
-from conformance.compare import Gap, compare_gradients, compare_parameters, compare_tensors
+from conformance.checks.support import has_exact, sites_to_hook
+from conformance.compare import (
+    Gap,
+    compare_gradients,
+    compare_parameters,
+    compare_tensors,
+    compare_values,
+    labelled,
+)
 from conformance.observe import observe, sites_of
 from conformance.sites import POST_CLIP
-from conformance.spec import Case
+from conformance.spec import Case, ModelSpec
 from conformance.strategies import WIDE_DTYPES, cases, clip_present, model_specs
-from conformance.subjects import Subject, bridged, reference
+from conformance.subjects import Subject, bridged, patched, reference
 from conformance.tolerance import exactly
 from conformance.verdict import NotApplicable
 
@@ -90,3 +100,60 @@ def kink(adapter: Adapter, case: Case) -> Iterator[Gap]:
     actual = observe(subject, case, sites=wanted)
     yield from compare_gradients(expected, actual, wanted)
     yield from compare_parameters(expected, actual)
+
+
+# Those of published models and of experiments: whole numbers too, tiny and huge.
+_SIZES = (8.0, 1.0, 2.0, 10.0, 0.125, 6.3, 100.0, 1e-4, 3e4)
+_LARGEST = {"float16": 12.0}  # of which scores and gradients stay finite
+
+
+def sized_cases() -> SearchStrategy[Case]:
+    """Cases with a clip of any size, which binds once the projections are of that size."""
+
+    def sized(model: ModelSpec, size: float) -> ModelSpec:
+        return replace(model, clip_qkv=min(size, _LARGEST.get(model.dtype, size)))
+
+    drawn = model_specs(clips=st.just(1.0))
+    return cases(models=st.builds(sized, drawn, st.sampled_from(_SIZES)))
+
+
+def _enlarge(subject: Subject, model: ModelSpec) -> None:
+    """Make the entries of q, k and v of the size of the clip."""
+    assert model.clip_qkv is not None
+    factor = model.clip_qkv / (model.weight_scale * sqrt(model.hidden_size))
+    with torch.no_grad():
+        for name, parameter in subject.parameters.items():
+            if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj"):
+                parameter.mul_(factor)
+
+
+@check(
+    "clamp.sizes",
+    "A clip of any size, from a ten-thousandth to tens of thousands, among projections of that "
+    "size clamps as Hugging Face does: every value and gradient of a bridge and of an exactly "
+    "patched model is the reference's.",
+    sized_cases,
+    examples=0.25,
+)
+def sizes(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """The weights and biases of q, k and v are scaled to the clip."""
+    case = replace(case, run=replace(case.run, chunks=1))
+    subjects = [bridged(case.model, adapter, prepared=case.run.prepared)]
+    if adapter.prepare_model is not ArchitectureAdapter.prepare_model and has_exact(adapter):
+        subjects.append(patched(case.model, adapter, exact_clip=True))
+    truth = reference(case.model)
+    for each in (truth, *subjects):
+        _enlarge(each, case.model)
+    for subject in subjects:
+        every, plain = sites_of(subject, case), sites_to_hook(subject, case)
+        expected = observe(truth, case, sites=every)
+        actual = observe(subject, case, sites=every, gradients_at=plain)
+        due = () if subject.bridge is not None else expected.fired
+        yield from labelled(
+            "patched" if subject.bridge is None else "bridged",
+            (
+                *compare_values(expected, actual, every, due=due),
+                *compare_gradients(expected, actual, plain),
+                *compare_parameters(expected, actual),
+            ),
+        )

@@ -191,7 +191,7 @@ def trains(adapter: Adapter, case: Case) -> Iterator[Gap]:
 @check(
     "compatibility.frozen",
     "What is frozen stays so when weights are processed, and what is trained goes on being "
-    "trained; what processing adds is frozen where all else is.",
+    "trained; what processing adds is frozen where all else is. The mode stays, too.",
     processed_cases,
     examples=0.15,
 )
@@ -204,7 +204,11 @@ def frozen(adapter: Adapter, case: Case) -> Iterator[Gap]:
     held = [name for at, name in enumerate(before) if not chosen or at % 2 == chosen % 2]
     for name in held:
         before[name].requires_grad_(False)
+    training = bool(case.run.token_seed & 1)
+    bridge.train(training)
     process(subject, case)
+    if bridge.training != training:
+        yield Gap("training", "contract", f"is {bridge.training} afterwards")
     for name, parameter in bridge.named_parameters():
         due = name not in held if name in before else len(held) < len(before)
         if parameter.requires_grad is not due:

@@ -1,27 +1,77 @@
-"""What the bridge's configuration says of the model."""
+"""What the bridge's configuration says of the model, and what a change of the model's own does."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
+import torch
+from hypothesis.strategies import SearchStrategy
+from transformer_lens.config import TransformerBridgeConfig
+from transformers.models.olmo.modeling_olmo import (
+    OlmoAttention,
+    OlmoMLP,
+    OlmoRotaryEmbedding,
+)
+
+from conformance.checks.modes import DROPS
 from conformance.checks.registry import Adapter, check
-from conformance.compare import Gap
+from conformance.checks.support import bridge_of, in_one_forward, needs_patch, sites_to_hook
+from conformance.checks.surface import FLAGS, is_told
+from conformance.compare import (
+    Gap,
+    compare_gradients,
+    compare_parameters,
+    compare_values,
+    labelled,
+)
+from conformance.observe import observe, sites_of
 from conformance.spec import Case
-from conformance.strategies import cases
-from conformance.subjects import bridged
+from conformance.strategies import cases, model_specs
+from conformance.subjects import (
+    Subject,
+    bridged,
+    hf_model,
+    lens_config,
+    patched,
+    reference,
+)
 from conformance.taps import LAYER_NORM_EPS
+from conformance.verdict import NotApplicable
 
 
 @check(
     "configuration.truth",
     "cfg carries the model's clip_qkv, attention_dropout, rotary_base, d_head, n_key_value_heads, "
-    "eps and tying.",
+    "eps and tying; all else that transformer_lens has translated from the model's configuration, "
+    "of the bridge and of each component, is what the adapter says of OLMo, or still that.",
     cases,
     examples=0.2,
 )
 def truth(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Field by field, on the bridge and on the configuration each attention reads."""
+    """Field by field, on the bridge and on the configuration each component reads."""
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    translated = {
+        name: FLAGS.get(name, value)
+        for name, value in vars(lens_config(hf_model(case.model))).items()
+        if is_told(name, value)
+    }
+    known: set[int] = set()
+    for path, component in bridge_of(subject).named_modules():
+        config = getattr(component, "config" if path else "cfg", None)
+        if not isinstance(config, TransformerBridgeConfig) or id(config) in known:
+            continue
+        known.add(id(config))
+        if config.d_vocab_out not in (-1, case.model.vocab_size):
+            yield Gap("cfg.d_vocab_out", "contract", f"{config.d_vocab_out}")
+        for name, value in translated.items():
+            got = getattr(config, name, "absent")
+            if got != value:
+                where = f"{path}.config" if path else "cfg"
+                told = f"{got!r} instead of {value!r}"
+                yield Gap(f"{where}.{name}", "contract", told)
     assert subject.bridge is not None
     model = case.model
     due = {
@@ -50,3 +100,99 @@ def truth(adapter: Adapter, case: Case) -> Iterator[Gap]:
                 continue
             if got != value:
                 yield Gap(f"{holder}.{name}", "contract", f"{got!r}, the model has {value!r}")
+
+
+def _set_clip(model: Any, clip: float | None) -> None:
+    model.config.clip_qkv = clip
+
+
+def _set_dropout(model: Any, dropout: float) -> None:
+    for module in model.modules():
+        if isinstance(module, OlmoAttention):
+            module.attention_dropout = dropout
+
+
+def _set_scaling(model: Any, factor: float) -> None:
+    for module in model.modules():
+        if isinstance(module, OlmoAttention):
+            module.scaling *= factor
+
+
+def _set_frequencies(model: Any, factor: float) -> None:
+    for module in model.modules():
+        if isinstance(module, OlmoRotaryEmbedding):
+            module.inv_freq.mul_(factor)
+            module.attention_scaling *= factor
+
+
+def _set_activation(model: Any, activation: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, OlmoMLP):
+            module.act_fn = activation
+
+
+def _change(case: Case) -> tuple[str, Case, Callable[[Any], None]]:
+    """A change of a built model, and the case as it is after it."""
+    model, seed = case.model, case.run.token_seed
+    # Hugging Face computes the frequencies of this kind anew as a text grows.
+    turned = _set_frequencies if model.rope_type != "dynamic" else _set_scaling
+    if seed % 3 == 0:
+        once = model.clip_qkv
+        clip = 0.3 if once is None else (None, once / 2)[seed // 3 % 2]
+        after = replace(case, model=replace(model, clip_qkv=clip))
+        return f"clip_qkv={clip}", after, lambda hf: _set_clip(hf, clip)
+    ways: tuple[tuple[str, Callable[[Any], None]], ...] = (
+        ("attention_dropout", lambda hf: _set_dropout(hf, 0.3)),
+        ("scaling", lambda hf: _set_scaling(hf, 0.5)),
+        ("inv_freq", lambda hf: turned(hf, 1.5)),
+        ("act_fn", lambda hf: _set_activation(hf, torch.nn.Tanh())),
+    )
+    name, change = ways[seed // 3 % len(ways)]
+    return name, case, change
+
+
+def changed_cases() -> SearchStrategy[Case]:
+    """Cases with a dropout, so that a change of it shows in train mode."""
+    return cases(models=model_specs(dropouts=DROPS))
+
+
+@check(
+    "configuration.live",
+    "A change of what Hugging Face reads at every forward, config.clip_qkv, attention's dropout "
+    "and scaling, the rotary frequencies or the MLP's activation, acts on a bridge that has run "
+    "before, and on an exactly patched model, as on the reference.",
+    changed_cases,
+    examples=0.25,
+)
+def live(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """One change, between two forwards."""
+    case = in_one_forward(case)
+    name, after, change = _change(case)
+    subjects = {"bridged": bridged(case.model, adapter, prepared=case.run.prepared)}
+    if case.model.clip_qkv is not None:  # without one there was nothing to patch
+        with suppress(NotApplicable):
+            needs_patch(adapter, exact=True)
+            subjects["patched"] = patched(case.model, adapter, exact_clip=True)
+
+    def changed(subject: Subject) -> Subject:
+        observe(subject, case)
+        with torch.no_grad():
+            change(subject.model)
+        taken = subject.clamps or subject.under_test is False
+        return replace(subject, clamps=taken and after.model.clip_qkv is not None)
+
+    truth = changed(reference(case.model))
+    for kind, subject in subjects.items():
+        subject = changed(subject)
+        every, plain = sites_of(subject, after), sites_to_hook(subject, after)
+        expected = observe(truth, after, sites=every)
+        actual = observe(subject, after, sites=every, gradients_at=plain)
+        due = expected.fired if subject.bridge is None else ()
+        yield from labelled(
+            f"{kind}, {name} changed",
+            (
+                *compare_values(expected, actual, every, due=due),
+                *compare_gradients(expected, actual, plain),
+                *compare_parameters(expected, actual),
+            ),
+        )

@@ -11,7 +11,7 @@ import torch
 
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import copied, quiet
+from conformance.checks.support import copied, exact_gaps, quiet
 from conformance.compare import Gap, compare_parameters, compare_tensors, compare_values
 from conformance.observe import observe, sites_of
 from conformance.spec import DTYPES, Case
@@ -126,7 +126,8 @@ def state_dict(adapter: Adapter, case: Case) -> Iterator[Gap]:
 
 @check(
     "copies.cast",
-    "bridge.to(dtype), and back, gives what Hugging Face's own cast gives: weights, logits, cfg.",
+    "bridge.to(dtype), and back, gives what Hugging Face's own cast gives: weights, gradients, "
+    "logits, cfg; the mode and what is frozen stay.",
     cases,
     examples=0.2,
 )
@@ -136,6 +137,12 @@ def cast(adapter: Adapter, case: Case) -> Iterator[Gap]:
     truth = reference(case.model)
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
     assert subject.bridge is not None
+    frozen = list(truth.parameters)[case.run.token_seed % len(truth.parameters)]
+    for each in (truth, subject):
+        observe(each, case, backward=False)  # in the run's mode, which stays
+        each.parameters[frozen].requires_grad_(False)
+        for parameter in each.parameters.values():
+            parameter.grad = parameter.detach() / 3 if parameter.requires_grad else None
     here = case.model.dtype
     there = DTYPES[(DTYPES.index(here) + 1) % len(DTYPES)]
     for name in (there, here):
@@ -146,6 +153,13 @@ def cast(adapter: Adapter, case: Case) -> Iterator[Gap]:
             subject.bridge.to(dtype)
         if subject.bridge.cfg.dtype != dtype:
             yield Gap("cfg.dtype", "contract", f"{subject.bridge.cfg.dtype} after .to({dtype})")
+        if subject.bridge.training != case.run.training:
+            yield Gap("training", "contract", f"{subject.bridge.training} after .to({name})")
+        if subject.parameters[frozen].requires_grad:
+            yield Gap(frozen, "contract", f"is trained after .to({name})")
+        gradients = ({n: p.grad for n, p in s.parameters.items()} for s in (truth, subject))
+        for gap in exact_gaps(*gradients):
+            yield replace(gap, site=f"gradient of {gap.site} after .to({name})")
         expected = observe(truth, case, backward=False)
         actual = observe(subject, case, backward=False)
         yield from logits_gap(expected, actual, f"logits after .to({name})")

@@ -5,19 +5,27 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import needs_patch, within_clip
+from conformance.checks.support import has_exact, needs_patch, within_clip
 from conformance.compare import Gap, compare_tensors
 from conformance.inputs import inputs
 from conformance.observe import observe
 from conformance.recorder import Observation
 from conformance.spec import Case
 from conformance.strategies import cases, clipped_cases
-from conformance.subjects import Subject, at_work, bridged, patched, reference
+from conformance.subjects import (
+    Subject,
+    at_work,
+    bridged,
+    make_adapter,
+    patched,
+    reference,
+)
 from conformance.tolerance import exactly, of_loss
 
 
@@ -107,25 +115,50 @@ def patched_exact(adapter: Adapter, case: Case) -> Iterator[Gap]:
 
 @check(
     "forward.patch_warning",
-    "A model patched by default says once that its clamp is skipped; a bridged one never does.",
+    "A model patched by default says once that its clamp is skipped, with the clip and the way to "
+    "keep it, each model for itself and no more when it is patched again; one patched exactly or "
+    "bridged never does.",
     clipped_cases,
     examples=0.1,
 )
 def patch_warning(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Two forwards of each: one warning of the first, none of the second subject."""
+    """Two models, each run twice, patched again and run again; then the silent ones."""
     needs_patch(adapter)
 
     def warned(act: Callable[[], object]) -> list[str]:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             act()
-        return [str(warning.message) for warning in seen if "clip_qkv" in str(warning.message)]
+        texts = [str(warning.message) for warning in seen]
+        return [text for text in texts if "clip" in text or "clamp" in text]
 
-    subject: list[Subject] = []
-    if said := warned(lambda: subject.append(patched(case.model, adapter))):
-        yield Gap("prepare_model", "contract", f"warned before any forward: {said[0]}")
-    said = [*warned(lambda: observe(subject[0], case)), *warned(lambda: observe(subject[0], case))]
-    if len(said) != 1:
-        yield Gap("patched forward", "contract", f"warned {len(said)} times in two forwards")
-    if said := warned(lambda: observe(bridged(case.model, adapter, prepared=True), case)):
-        yield Gap("bridged forward", "contract", f"warned: {said[0]}")
+    def build(exact: bool | None = None) -> Subject:
+        return patched(case.model, adapter, exact_clip=exact)
+
+    def watch(subject: Subject) -> list[str]:
+        return warned(partial(observe, subject, case))
+
+    words = [str(case.model.clip_qkv), *(["exact_clip=True"] if has_exact(adapter) else [])]
+    for which in ("patched forward", "patched forward of a second model"):
+        built: list[Subject] = []
+        if said := warned(lambda: built.append(build())):  # noqa: B023 - called at once
+            yield Gap("prepare_model", "contract", f"warned before any forward: {said[0]}")
+        (subject,) = built
+        said = [*watch(subject), *watch(subject)]
+        if len(said) != 1:
+            yield Gap(which, "contract", f"warned {len(said)} times in two forwards")
+        for text in said:
+            if missing := [word for word in words if word not in text]:
+                told = f"the warning does not say {', '.join(missing)}: {text}"
+                yield Gap(which, "contract", told)
+        again = make_adapter(adapter, subject.model)
+        with at_work("patching again"):
+            again.prepare_model(subject.model)
+        if said := watch(subject):
+            yield Gap(f"{which}, again", "contract", f"warned once more: {said[0]}")
+    silent = {"bridged": bridged(case.model, adapter, prepared=True)}
+    if has_exact(adapter):
+        silent["exactly patched"] = build(exact=True)
+    for kind, subject in silent.items():
+        if said := watch(subject):
+            yield Gap(f"{kind} forward", "contract", f"warned: {said[0]}")

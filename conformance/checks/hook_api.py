@@ -63,6 +63,9 @@ class _Script:
         self.gaps: list[Gap] = []
         # Each open context, its entries, and whether it removes them at its end.
         self.contexts: list[tuple[Any, list[_Entry], bool]] = []
+        # Handles of added hooks. One that is removed by PyTorch's own stays in the point's list.
+        self.handles: list[tuple[_Entry, Any]] = []
+        self.unlisted = False
         self.logits = observe(reference(case.model), case, backward=False).logits
         self._generator = torch.Generator().manual_seed(case.run.token_seed)
         self._functions: dict[str, Callable[..., None]] = {}
@@ -107,6 +110,20 @@ class _Script:
         allowance = exactly(self.logits.dtype)
         gap = compare_tensors(f"logits {when}", self.logits, logits.detach(), allowance)
         self.gaps += [gap] if gap else []
+        self.gaps += self._told(when) if call is None else ()
+
+    def _told(self, when: str) -> Iterator[Gap]:
+        """Where a hook point is wrong about the hooks that it has."""
+        for site in self.names if not self.unlisted else ():
+            for direction in ("fwd", "bwd", "both"):
+                own = [e for e in self.entries if e.site == site]
+                own = [e for e in own if direction in (e.direction, "both")]
+                due = bool(own), any(not entry.permanent for entry in own)
+                ask = self.points[site].has_hooks
+                told = ask(direction), ask(direction, including_permanent=False)
+                if told != due:
+                    said = f"{when}: has_hooks({direction!r}), with permanent ones and without"
+                    yield Gap(site, "contract", f"{said}: {told} instead of {due}")
 
     def pairs(self, entries: list[_Entry], resets: bool) -> dict[str, Any]:
         """Entries as the arguments of ``hooks()``, each under a drawn name of its site."""
@@ -125,9 +142,17 @@ class _Script:
         """Add a hook by name, in front of or behind those that are there."""
         entry = self.entry(permanent=bool(self.draw(2)))
         function, permanent = self.function(entry), entry.permanent
+        if permanent and self.draw(2):
+            names, point = self.names[entry.site], self.points[entry.site]
+            by_name = self.bridge, (names[self.draw(len(names))],)
+            owner, where = (by_name, (point, ()), (point, ()))[self.draw(3)]
+            owner.add_perma_hook(*where, function, dir=entry.direction)
+            self.entries.append(entry)
+            return f"add_perma_hook of a {type(owner).__name__}"
         if self.draw(2):
             point = self.points[entry.site]
-            point.add_hook(function, entry.direction, permanent, prepend=True)
+            handle = point.add_hook(function, entry.direction, permanent, prepend=True)
+            self.handles.append((entry, handle))
             self.entries.insert(0, entry)
             return f"add_hook(prepend=True, {permanent=})"
         names = self.names[entry.site]
@@ -158,7 +183,14 @@ class _Script:
         return "leaving hooks()"
 
     def reset(self) -> str:
-        """One of the variants of reset_hooks, or remove_hooks of one point."""
+        """One of the variants of reset_hooks, remove_hooks of one point, or a handle's removal."""
+        held = [(e, handle) for e, handle in self.handles if e in self.entries and handle]
+        if held and self.draw(3) == 0:
+            entry, handle = held[self.draw(len(held))]
+            handle.hook.remove()
+            self.remove(lambda other: other is entry)
+            self.unlisted = True
+            return "a handle's hook.remove()"
         direction = ("fwd", "bwd", "both")[self.draw(3)]
         permanent = self.draw(3) == 0
 
@@ -187,10 +219,20 @@ class _Script:
         self.remove(lambda entry: resets and entry in own)
         return what
 
+    def cached(self) -> str:
+        """One call of run_with_cache, which leaves the hooks of others alone."""
+        cached = self.bridge.run_with_cache
+        self.run("in run_with_cache", lambda *a, **named: cached(*a, **named)[0])
+        return "run_with_cache"
+
     def finish(self) -> None:
-        """Leave all contexts, and take off what is left."""
+        """Leave all contexts, look at what is permanent, and take that off too."""
         while self.contexts:
             self.close()
+        if not self.gaps and any(entry.permanent for entry in self.entries):
+            self.bridge.reset_hooks()
+            self.remove(lambda entry: not entry.permanent)
+            self.run("after a last reset_hooks()")
         self.bridge.reset_hooks(including_permanent=True)
 
 
@@ -211,7 +253,7 @@ def ledger(adapter: Adapter, case: Case) -> Iterator[Gap]:
     script = _Script(subject, case, some_sites(subject, case, 3))
     # Twice what the other steps need, to have something to act on, or act upon.
     twice = (script.add, script.reset)
-    steps = (*twice, *twice, script.open, script.passing, script.close)
+    steps = (*twice, *twice, script.open, script.passing, script.close, script.cached)
     with at_work("a script of hooks"):
         for _ in range(STEPS):
             what = steps[script.draw(len(steps))]()

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from conformance.checks.registry import Adapter, check
-from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values
+from conformance.checks.support import drawing
+from conformance.compare import (
+    Gap,
+    bitwise,
+    compare_gradients,
+    compare_parameters,
+    compare_values,
+    labelled,
+)
+from conformance.hooking import hook_points
 from conformance.observe import observe, sites_of
-from conformance.recorder import Recorder
+from conformance.recorder import Observation, Recorder
 from conformance.sites import POST_CLIP, fired_rows
 from conformance.spec import EDITS, Case, ModelSpec, RunSpec
 from conformance.strategies import cases, clip_present, edits, model_specs, run_specs
@@ -158,3 +168,51 @@ def clipped(adapter: Adapter, case: Case) -> Iterator[Gap]:
     if not set(POST_CLIP) <= set(getattr(adapter, "optional_hooks", ())):
         raise NotApplicable("the adapter declares no post-clip hooks")
     yield from returned.run(adapter, case)
+
+
+_SPLIT = ("q.hook_out", "k.hook_out", "v.hook_out", "o.hook_in")
+# Joining the heads copies these: what is left strided is multiplied with other roundings.
+_LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "entries before heads": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "heads before positions": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+}
+
+
+def _contiguous(
+    change: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor
+) -> torch.Tensor:
+    return change(tensor).contiguous()
+
+
+@check(
+    "interventions.layouts",
+    "What a hook of queries, keys, values or z returns may lie in memory in the order of any "
+    "other axes: its effect is that of a contiguous copy.",
+    lambda: cases(runs=partial(run_specs, chunks=st.just(1))),
+    examples=0.2,
+)
+def layouts(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Every layout at one drawn site; an identity of one bridge, forwards and backwards."""
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    draw = drawing(case)
+    block = draw(case.model.num_hidden_layers)
+    site = f"blocks.{block}.attn.{_SPLIT[draw(len(_SPLIT))]}"
+    point = hook_points(subject)[site]
+
+    def hooked(change: Callable[[torch.Tensor], torch.Tensor]) -> Observation:
+        point.add_hook(lambda tensor, hook: change(tensor))
+        try:
+            return observe(subject, case)
+        finally:
+            point.remove_hooks()
+
+    for name, change in _LAYOUTS.items():
+        due = hooked(partial(_contiguous, change))
+        got = hooked(change)
+        yield from labelled(
+            f"{site}, {name}",
+            (
+                *bitwise("logits", due.logits, got.logits),
+                *compare_parameters(due, got),
+            ),
+        )

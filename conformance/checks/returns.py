@@ -81,11 +81,12 @@ def _mean(losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     examples=0.2,
 )
 def kinds(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Every return_type, of one bridge in eval mode."""
-    case = in_one_forward(case, training=False)
+    """Every return_type, of one bridge, in train mode too where nothing is dropped."""
+    training = case.run.training and not case.model.attention_dropout
+    case = in_one_forward(case, training=training)
     data = inputs(case)
     expected = observe(reference(case.model), case, backward=False).logits
-    bridge = bridge_of(bridged(case.model, adapter, prepared=case.run.prepared)).eval()
+    bridge = bridge_of(bridged(case.model, adapter, prepared=case.run.prepared)).train(training)
     rest = told(case, data, derived=False)
     with at_work("return_type"), torch.no_grad():
         nothing = bridge(data.tokens, return_type=None, **rest)
@@ -115,8 +116,8 @@ def kinds(adapter: Adapter, case: Case) -> Iterator[Gap]:
 @check(
     "returns.labels",
     "The wrapped model, called with labels of which some are -100, has Hugging Face's loss and "
-    "gradients bit for bit; the bridge's own loss, with labels and without, has the gradients of "
-    "a cross entropy of the reference's logits.",
+    "gradients bit for bit; the bridge's own loss, with labels and without, in all, by token or "
+    "from the logits beside it, has the gradients of a cross entropy of the reference's logits.",
     predicting_cases,
     examples=0.15,
 )
@@ -148,10 +149,21 @@ def labels(adapter: Adapter, case: Case) -> Iterator[Gap]:
         return _mean(_losses(truth.model(data.tokens, **derived).logits, labels), labels)
 
     ours = partial(bridge, data.tokens, return_type="loss", **rest)
+
+    def beside() -> torch.Tensor:
+        """The loss by way of what is returned beside it."""
+        logits, _ = bridge(data.tokens, return_type="both", **rest)
+        return _mean(_losses(logits, plain), plain)
+
+    def each() -> torch.Tensor:
+        return _mean(ours(loss_per_token=True), plain)
+
     ways: dict[str, tuple[torch.Tensor, Loss, Loss]] = {
         "the wrapped model": (marked, lambda: theirs(truth.model), lambda: theirs(subject.model)),
         "labels": (marked, lambda: by_hand(marked), partial(ours, labels=marked)),
         "tokens": (plain, lambda: by_hand(plain), ours),
+        "the logits of both": (plain, lambda: by_hand(plain), beside),
+        "each token": (plain, lambda: by_hand(plain), each),
     }
     for name, (counted, reference_loss, loss) in ways.items():
         if not _any(counted):

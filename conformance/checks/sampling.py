@@ -182,6 +182,8 @@ def hugging_face(adapter: Adapter, case: Case) -> Iterator[Gap]:
             yield Gap(f"{name}: {key}", "missing", "not in what hf_generate returns")
         else:
             yield from bitwise(f"{name}: {key}", due[key], got[key])
+            if got[key].requires_grad:
+                yield Gap(f"{name}: {key}", "contract", "has a gradient")
     for key in got.keys() - due.keys():
         yield Gap(f"{name}: {key}", "extra", "Hugging Face returns no such thing")
     caches = expected.past_key_values, actual.past_key_values

@@ -73,6 +73,12 @@ def names(adapter: Adapter, case: Case) -> Iterator[Gap]:
             yield Gap(name, "contract", "a copy of the parameter, or of a part of it")
         if tensor.requires_grad:
             yield Gap(name, "contract", "requires a gradient")
+    with at_work("state_dict(keep_vars=True)"):
+        variables = bridge.state_dict(keep_vars=True)  # type: ignore[no-untyped-call]
+        kept = {id(each) for each in variables.values()}
+    for name, parameter in subject.parameters.items():
+        if id(parameter) not in kept:
+            yield Gap(f"{name} with keep_vars=True", "contract", "is not the parameter itself")
     order = list(before)
     observe(subject, case)
     with at_work("a forward under flags"):
@@ -133,11 +139,18 @@ def loading(adapter: Adapter, case: Case) -> Iterator[Gap]:
         state = {name: tensor.to(saved["lm_head.weight"].dtype) for name, tensor in state.items()}
     state = {name: tensor.clone() for name, tensor in state.items()}
     stage = f" from {way}'s names, assign={assign}"
+    given, trained = dict(state), subject.parameters["model.embed_tokens.weight"]
+    trained.grad = kept = torch.ones_like(trained)
     with at_work(f"load_state_dict{stage}"):
         result = holder.load_state_dict(state, assign=assign)
     for kind in ("missing_keys", "unexpected_keys"):
         if getattr(result, kind):
             yield Gap(f"{kind}{stage}", "contract", f"{getattr(result, kind)} though all is there")
+    if [(name, id(t)) for name, t in state.items()] != [(n, id(t)) for n, t in given.items()]:
+        yield Gap(f"the state dict{stage}", "contract", "is not what it was")
+    if not assign and trained.grad is not kept:
+        yield Gap(f"gradients{stage}", "contract", "of copied weights are lost")
+    trained.grad = None
     due = weights({name: each.detach() for name, each in truth.parameters.items()}, model)
     with at_work("reading the weights"):
         got = read(bridge, model)

@@ -8,16 +8,20 @@ from collections.abc import Iterator, Mapping
 from types import ModuleType
 from typing import Any
 
+import torch
+from hypothesis import strategies as st
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
+from conformance.checks.script import script
 from conformance.checks.support import registry
 from conformance.compare import Gap
 from conformance.observe import observe
 from conformance.parts import TABLE, accessors
 from conformance.spec import Case
-from conformance.strategies import cases
+from conformance.strategies import cases, model_specs
 from conformance.subjects import (
     ARCHITECTURE,
     Subject,
@@ -40,6 +44,18 @@ FLAGS = {
     "attn_only": False,
     "attn_implementation": "eager",
 }
+
+# Of these transformer_lens' translation knows too little, or a bridge tells them later.
+NOT_TRANSLATED = {
+    *("clip_qkv", "attention_dropout", "rotary_base", "d_head", "n_key_value_heads"),
+    *("tie_word_embeddings", "d_vocab_out", "device", "n_params"),
+}
+
+
+def is_told(name: str, translated: Any) -> bool:
+    """Whether transformer_lens' translation says something that an adapter may not change."""
+    return name not in NOT_TRANSLATED and translated not in (None, -1)
+
 
 OPTIONAL_PARAMETERS = (
     "blocks.{i}.attn.b_Q",
@@ -88,8 +104,9 @@ def _template_paths() -> dict[str, tuple[type, str]]:
 @check(
     "surface.constructor",
     "The adapter is made of a configuration, which it keeps and completes: a LayerNorm, rotary "
-    "positions, a gated MLP, eager attention; its component map has each of OLMo's components, of "
-    "the right kind, where Hugging Face has it, and no other; two adapters share nothing.",
+    "positions, a gated MLP, eager attention, and all else as it was; it supports what a bridge "
+    "can do; its component map has each of OLMo's components, of the right kind, where Hugging "
+    "Face has it, and no other; two adapters share nothing.",
     cases,
     examples=0.2,
 )
@@ -104,10 +121,13 @@ def constructor(adapter: Adapter, case: Case) -> Iterator[Gap]:
         other: Any = adapter(lens_config(hf_model(case.model)))
     if made.cfg is not config:
         yield Gap("cfg", "contract", "not the configuration that was given")
-    for name, due in FLAGS.items():
+    for name, due in {**vars(lens_config(hf_model(case.model))), **FLAGS}.items():
         got = getattr(made.cfg, name, "absent")
-        if got != due:
+        if got != due and is_told(name, due):
             yield Gap(f"cfg.{name}", "contract", f"{got!r} instead of {due!r}")
+    for name in vars(ArchitectureAdapter):
+        if name.startswith("supports_") and not getattr(made, name, False):
+            yield Gap(name, "contract", "OLMo does")
     with at_work("reading the component map"):
         mapped, twin = _mapped(made.get_component_mapping()), _mapped(other.component_mapping)
     due_paths = _template_paths()
@@ -192,10 +212,11 @@ def _package(adapter: Adapter) -> ModuleType:
 
 @check(
     "surface.entrances",
-    "The package's bridge(hf_model) wraps that very model, exactly, and registers nothing; after "
-    "its register(), and not before, transformer_lens builds every OLMo with this adapter.",
-    cases,
-    examples=0.07,
+    "The package's bridge(hf_model) wraps that very model, exactly, with a tokenizer if there is "
+    "one, and registers nothing; after its register(), once or twice, and not before, "
+    "transformer_lens builds every OLMo with this adapter.",
+    lambda: cases(models=model_specs(ties=st.sampled_from((False, True)))),
+    examples=0.1,
 )
 def entrances(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The registry belongs to the process: it is put back."""
@@ -208,13 +229,16 @@ def entrances(adapter: Adapter, case: Case) -> Iterator[Gap]:
         if before[ARCHITECTURE] is adapter:
             yield Gap("import", "contract", "has registered the adapter")
         bridged(case.model, adapter, prepared=case.run.prepared)
-        model = hf_model(case.model)
+        model, told = hf_model(case.model), script(case)
+        parameters = list(model.parameters())
+        tokenizer = told.tokenizer() if case.run.token_seed % 2 else None
         with at_work("bridge(hf_model)"):
-            bridge = package.bridge(model)
+            bridge = package.bridge(model, tokenizer)
         if adapters != before:
             yield Gap("bridge(hf_model)", "contract", "has registered something")
         with at_work("register()"):
-            package.register()
+            for _ in range(1 + case.run.token_seed % 3):
+                package.register()
         changed = {name for name in adapters if adapters[name] is not before.get(name)}
         if changed != {ARCHITECTURE}:
             yield Gap("register()", "contract", f"has registered {sorted(changed)}")
@@ -236,3 +260,15 @@ def entrances(adapter: Adapter, case: Case) -> Iterator[Gap]:
             yield Gap(name, "contract", "does not wrap the model that was given")
         actual = observe(Subject(its_model, {}, bridge=found), case, backward=False)
         yield from logits_gap(expected, actual, f"logits of {name}")
+    if [id(each) for each in bridge.parameters()] != [id(each) for each in parameters]:
+        yield Gap("bridge(hf_model)", "contract", "has other parameters than the model had")
+    where = torch.device(bridge.cfg.device or "meta")
+    if (bridge.cfg.dtype, where) != (parameters[0].dtype, parameters[0].device):
+        said = f"says {bridge.cfg.dtype} on {bridge.cfg.device}"
+        yield Gap("bridge(hf_model).cfg", "contract", said)
+    if tokenizer is not None:
+        text, row = told.texts[0], told.rows()[0]
+        with at_work("reading a text"):
+            got = bridge.to_tokens(text, prepend_bos=told.prepend)[0].tolist()
+        if got != row:
+            yield Gap(f"to_tokens({text!r})", "contract", f"{got} instead of {row}")

@@ -52,6 +52,7 @@ def _tokens(adapter: Adapter, case: Case, told: Script) -> Iterator[Gap]:
     for text, row, got in zip(told.texts, rows, alone, strict=True):
         yield from same(f"to_tokens({text!r})", torch.tensor([row]), got)
     yield from same(f"to_tokens({list(told.texts)!r})", due, together)
+    yield from same("the tokenizer's padding_side", told.own_side, bridge.tokenizer.padding_side)
     rows = told.rows()
     strings = [[decoded([token]) for token in row] for row in rows]
     with at_work("to_str_tokens and to_string"):

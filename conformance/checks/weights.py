@@ -122,6 +122,9 @@ def read_right(adapter: Adapter, case: Case) -> Iterator[Gap]:
     due["b_U"] = found["unembed.b_U"]
     tokens = inputs(case).tokens
     block = model.num_hidden_layers - 1
+    heads = [(i, h) for i in range(block + 1) for h in range(model.num_attention_heads)]
+    if bridge.all_head_labels != [f"L{layer}H{head}" for layer, head in heads]:
+        yield Gap("all_head_labels", "contract", f"{bridge.all_head_labels}")
     with at_work("reading the weights of the whole bridge"):
         yield from exact_gaps(due, {name: getattr(bridge, name) for name in due})
         yield from _refusals(bridge)

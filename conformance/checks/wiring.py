@@ -12,12 +12,12 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import exact_gaps
+from conformance.checks.support import exact_gaps, turn
 from conformance.compare import Gap, compare_parameters
 from conformance.hooking import hook_points
 from conformance.observe import observe
 from conformance.parts import accessors, parts
-from conformance.spec import Case, ModelSpec
+from conformance.spec import FLAGS, Case, ModelSpec
 from conformance.strategies import WIDE_DTYPES, cases, model_specs
 from conformance.subjects import Subject, at_work, bridged, hf_model, make_adapter, reference
 
@@ -99,6 +99,8 @@ def _surroundings(subject: Subject, model: ModelSpec) -> dict[str, Any]:
         "parameters": [id(each) for each in bridge.parameters()],
         "hooks": list(hook_points(subject)),
         "training": {p.path: bridge.get_submodule(p.path).training for p in parts(model)},
+        "flags": [getattr(bridge.cfg, flag) for flag in FLAGS],
+        "listeners": [len(each.fwd_hooks) for each in hook_points(subject).values()],
     }
 
 
@@ -119,6 +121,8 @@ def wiring(adapter: Adapter, case: Case) -> Iterator[Gap]:
     modules, state = list(given.modules()), {k: v.clone() for k, v in given.state_dict().items()}
     subject = bridged(model, adapter, prepared=case.run.prepared)
     bridge: Any = subject.bridge
+    turn(subject, FLAGS[:1], True)
+    hook_points(subject)["ln_final.hook_in"].add_hook(lambda tensor, hook: None)
     before, surroundings = observe(subject, case), _surroundings(subject, model)
     dtype = getattr(torch, model.dtype)
     alone: Any = make_adapter(adapter, given)
@@ -130,9 +134,12 @@ def wiring(adapter: Adapter, case: Case) -> Iterator[Gap]:
         ]
     if said != [None] * 3:
         yield Gap("setup_component_testing", "contract", f"returns {said}")
-    cos, sin = reference(other).model.model.rotary_emb(
-        given.lm_head.weight, torch.arange(length)[None]
-    )
+    truth = reference(other).model.model
+    # The very one, not a copy of it: all follow its frequencies.
+    factor = 1.0 if other.rope_type == "dynamic" else 0.5  # that kind computes them anew
+    for rotation in (given.model.rotary_emb, truth.rotary_emb):
+        rotation.inv_freq.mul_(factor)
+    cos, sin = truth.rotary_emb(given.lm_head.weight, torch.arange(length)[None])
     holders = {f"blocks.{i}.attn": block.attn for i, block in enumerate(bridge.blocks)}
     holders["the template"] = bridge.adapter.get_generalized_component("blocks.0.attn")
     holders["the template without a bridge"] = alone.get_generalized_component("blocks.0.attn")
@@ -141,6 +148,7 @@ def wiring(adapter: Adapter, case: Case) -> Iterator[Gap]:
             got = dict(zip(("cos", "sin"), _rotations(attention, length, dtype), strict=True))
         for gap in exact_gaps({"cos": cos, "sin": sin}, got):
             yield replace(gap, site=f"{name}: {gap.site} of the rotary embedding given")
+    given.model.rotary_emb.inv_freq.div_(factor)
     layers = [layer.self_attn for layer in given.model.layers]
     for name, config in (("model", given.config), *(("attention", a.config) for a in layers)):
         if config._attn_implementation != "eager":

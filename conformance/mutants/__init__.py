@@ -30,6 +30,8 @@ from conformance.mutants import (
     surface,
     text,
     training,
+    unseen,
+    unseen_surface,
     weights,
 )
 from conformance.mutants.catalogue import CATALOGUE, Mutant
@@ -69,5 +71,7 @@ __all__ = [
     "surface",
     "text",
     "training",
+    "unseen",
+    "unseen_surface",
     "weights",
 ]
