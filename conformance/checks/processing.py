@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -16,7 +14,7 @@ from conformance.checks.forward import logits_gap
 from conformance.checks.parameters import WRAPPED
 from conformance.checks.registry import Adapter, check
 from conformance.checks.states import lens_names
-from conformance.checks.support import exact_gaps
+from conformance.checks.support import exact_gaps, quiet
 from conformance.checks.weights import read, squared
 from conformance.compare import Gap, compare_parameters, compare_tensors
 from conformance.observe import observe
@@ -82,17 +80,6 @@ def _processed(whole: Found, case: Case) -> tuple[Found, Found]:
     return found, sizes
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the log line of a second processing, which is refused."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
 @check(
     "processing.weights",
     "Each processing makes of the weights what it says, in every dtype and square shapes too: "
@@ -135,7 +122,7 @@ def processed(adapter: Adapter, case: Case) -> Iterator[Gap]:
             assert best is not None
             yield best
     kept = {name: tensor.clone() for name, tensor in got.items()}
-    with _quiet():
+    with quiet():  # a second processing is refused, and says so
         process(subject, replace(case, run=replace(case.run, processing=PROCESSING)))
     with at_work("reading the weights after a second processing"):
         again = {name: None if t is None else t.detach() for name, t in read(bridge, model).items()}

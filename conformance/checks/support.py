@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import io
+import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import (
     AbstractContextManager,
@@ -182,6 +183,11 @@ def registry() -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep off the screen what transformers and transformer_lens say of their progress."""
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        yield
+    """Keep off the screen what transformers and transformer_lens print and log meanwhile."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

@@ -185,7 +185,8 @@ def compatibility(machine: Machine, step: Step) -> Iterator[Gap]:
     case = replace(case, run=replace(case.run, padding="none"))
     flags = {name: name in machine.case.run.processing for name in PROCESSING}
     due = observe(machine.truth(), case, backward=False).logits
-    with at_work(f"enable_compatibility_mode({flags if processes else 'no_processing'})"):
+    mode = f"enable_compatibility_mode({flags if processes else 'no_processing'})"
+    with at_work(mode), quiet():
         machine.bridge.zero_grad()
         machine.bridge.enable_compatibility_mode(
             disable_warnings=True, no_processing=not processes, **flags
