@@ -12,7 +12,7 @@ from conformance.observe import observe, sites_of
 from conformance.sites import Status, sites
 from conformance.spec import Case
 from conformance.strategies import cases
-from conformance.subjects import bridged, reference
+from conformance.subjects import at_work, bridged, reference
 
 
 @check(
@@ -49,10 +49,10 @@ def gradients(adapter: Adapter, case: Case) -> Iterator[Gap]:
 
 @check(
     "hooks.names",
-    "Every hook of the table is there under its canonical name and all of its aliases, and no "
-    "other is.",
+    "Every hook of the table is there under its canonical name and all of its aliases, knows "
+    "its layer, and no other is.",
     cases,
-    examples=0.1,
+    examples=0.2,
 )
 def names(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The aliases are the same hook point, not another one that fires too."""
@@ -68,6 +68,11 @@ def names(adapter: Adapter, case: Case) -> Iterator[Gap]:
         if name not in points:
             yield Gap(name, "missing", "no hook point of this name")
             continue
+        if name.startswith("blocks."):
+            with at_work(f"layer() of {name}"):
+                layer = points[name].layer()  # type: ignore[no-untyped-call]
+            if layer != int(name.split(".")[1]):
+                yield Gap(f"{name}, layer()", "contract", f"says {layer}")
         for alias in site.aliases:
             if by_name.get(alias) is not points[name]:
                 yield Gap(alias, "missing", f"is not another name of {name}")

@@ -144,8 +144,8 @@ def loading(adapter: Adapter, case: Case) -> Iterator[Gap]:
     with at_work(f"load_state_dict{stage}"):
         result = holder.load_state_dict(state, assign=assign)
     for kind in ("missing_keys", "unexpected_keys"):
-        if getattr(result, kind):
-            yield Gap(f"{kind}{stage}", "contract", f"{getattr(result, kind)} though all is there")
+        if (said := getattr(result, kind, None)) != []:
+            yield Gap(f"{kind}{stage}", "contract", f"{said} though all is there")
     if [(name, id(t)) for name, t in state.items()] != [(n, id(t)) for n, t in given.items()]:
         yield Gap(f"the state dict{stage}", "contract", "is not what it was")
     if not assign and trained.grad is not kept:

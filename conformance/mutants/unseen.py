@@ -303,3 +303,14 @@ def side_remembered(original: Any) -> Any:
         return tokens
 
     return to_tokens
+
+
+add(
+    "hooks.layer",
+    "hooks of the third block say that they are of the second",
+    "three blocks",
+    "hooks.names",
+    OlmoHookPoint,
+    "layer",
+    lambda original: lambda self: original(self) - (original(self) == 2),
+)
