@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from conformance.hooking import hooked
 from conformance.inputs import Inputs, derived_positions, inputs
+from conformance.points import hooked
 from conformance.recorder import Observation, Recorder
 from conformance.sites import Site, observable
 from conformance.spec import Case

@@ -17,8 +17,8 @@ from transformers import OlmoForCausalLM
 from conformance.checks.registry import Adapter
 from conformance.checks.support import has_exact
 from conformance.compare import Gap, compare_firing
-from conformance.hooking import canonical_points
 from conformance.inputs import PROBE_SCALE
+from conformance.points import canonical_points
 from conformance.sites import Site, observable_in
 from conformance.subjects import at_work, make_adapter
 from conformance.taps import Taps

@@ -11,9 +11,9 @@ from transformer_lens.hook_points import HookPoint
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import blaming, bridge_of, exact_gaps, in_one_forward, turn
 from conformance.compare import Gap, bitwise
-from conformance.hooking import hook_points
 from conformance.inputs import inputs
 from conformance.observe import arguments, started
+from conformance.points import hook_points
 from conformance.spec import Case
 from conformance.strategies import cases
 from conformance.subjects import Subject, at_work, bridged, reference

@@ -23,9 +23,9 @@ from conformance.checks.hooking import (
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import in_one_forward
 from conformance.compare import Gap, compare_parameters, compare_tensors
-from conformance.hooking import hook_points
 from conformance.inputs import Inputs, inputs
 from conformance.observe import observe, sites_of
+from conformance.points import hook_points
 from conformance.recorder import Observation
 from conformance.spec import Case
 from conformance.strategies import cases, run_specs

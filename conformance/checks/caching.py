@@ -16,6 +16,7 @@ from conformance.checks.hooking import (
     attached,
     changes,
     run_cached,
+    run_with_cache,
     settle,
     value_gaps,
 )
@@ -24,9 +25,9 @@ from conformance.checks.registry import Adapter, check
 from conformance.checks.support import drawing, in_one_forward, some_positions
 from conformance.compare import Gap, compare_tensors
 from conformance.edits import edited
-from conformance.hooking import hook_points
 from conformance.inputs import inputs
 from conformance.observe import observe, sites_of
+from conformance.points import hook_points
 from conformance.sites import Port, Site
 from conformance.spec import Case, Edit
 from conformance.strategies import cases
@@ -103,8 +104,11 @@ def values(adapter: Adapter, case: Case) -> Iterator[Gap]:
     wish = _wish(case, every)
     settle(subject, case)
     before = attached(subject)
-    logits, cache = run_cached(subject, case, inputs(case).tokens, **wish.named)
+    logits, cache = run_with_cache(subject, case, inputs(case).tokens, **wish.named)
     yield from changes(before, attached(subject), "after run_with_cache")
+    batched = getattr(cache, "has_batch_dim", None)
+    if batched is wish.named["remove_batch_dim"]:  # None of a dict
+        yield Gap("has_batch_dim", "contract", f"is {batched}, whatever the tensors have")
     gap = compare_tensors(
         "logits", expected.logits, logits.detach(), exactly(expected.logits.dtype)
     )

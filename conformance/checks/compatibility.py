@@ -90,7 +90,9 @@ def log_probabilities(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "why.",
     lambda: cases(
         models=model_specs(
-            dtypes=st.just("float32"), biases=st.sampled_from((("v",), ("v", "o"), tuple("qkvo")))
+            dtypes=st.just("float32"),
+            biases=st.sampled_from((("v",), ("v", "o"), tuple("qkvo"))),
+            clips=st.sampled_from((None, 0.5, 100.0)),  # whether it binds is not known beforehand
         )
     ),
     examples=0.2,

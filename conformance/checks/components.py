@@ -17,8 +17,8 @@ from conformance.alone import Call, Drawer, run_alone, watched
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import exact_gaps
 from conformance.compare import Gap
-from conformance.hooking import hook_points
 from conformance.parts import Part, parameter, parts
+from conformance.points import hook_points
 from conformance.spec import Case
 from conformance.strategies import cases
 from conformance.subjects import Subject, at_work, bridged, hf_model, reference

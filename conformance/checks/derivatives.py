@@ -16,9 +16,9 @@ from conformance.checks.registry import Adapter, check
 from conformance.checks.support import forward_as_it_is, in_one_forward, sites_to_hook
 from conformance.compare import Gap, bitwise
 from conformance.edits import edited
-from conformance.hooking import hook_points
 from conformance.inputs import inputs
 from conformance.observe import arguments, logits_of, module_of
+from conformance.points import hook_points
 from conformance.sites import observable
 from conformance.spec import Case, Edit, ModelSpec, RunSpec
 from conformance.strategies import cases, edits, model_specs, run_specs

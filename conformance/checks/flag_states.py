@@ -17,8 +17,8 @@ from conformance.checks.registry import Adapter, check
 from conformance.checks.support import bridge_of, copied, turn
 from conformance.compare import Gap, compare_tensors
 from conformance.forks import Forks
-from conformance.hooking import hook_points
 from conformance.observe import observe, sites_of
+from conformance.points import hook_points
 from conformance.sites import behind_flags
 from conformance.spec import EXCLUSIVE, FLAGS, Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs

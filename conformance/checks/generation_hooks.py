@@ -26,9 +26,9 @@ from conformance.checks.interventions import edited_runs
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import bridge_of
 from conformance.compare import Gap, bitwise, compare_values
-from conformance.hooking import hook_points
 from conformance.inputs import inputs
 from conformance.observe import sites_of
+from conformance.points import hook_points
 from conformance.recorder import Observation, Recorder
 from conformance.spec import Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs

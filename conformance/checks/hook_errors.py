@@ -12,9 +12,9 @@ from conformance.checks.hooking import Log, attached, changes, settle, some_site
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import in_one_forward
 from conformance.compare import Gap, compare_parameters, compare_tensors
-from conformance.hooking import hook_points
 from conformance.inputs import inputs
 from conformance.observe import observe, options, started
+from conformance.points import hook_points
 from conformance.spec import Case
 from conformance.strategies import cases
 from conformance.subjects import Subject, bridged, reference

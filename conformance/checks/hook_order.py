@@ -18,9 +18,9 @@ from conformance.checks.registry import Adapter, check
 from conformance.checks.support import in_one_forward
 from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values
 from conformance.edits import edited
-from conformance.hooking import hook_points
 from conformance.inputs import inputs
 from conformance.observe import observe, sites_of
+from conformance.points import hook_points
 from conformance.recorder import Recorder
 from conformance.sites import Port, fired_rows
 from conformance.spec import EDITS, Case, Edit

@@ -9,9 +9,9 @@ import torch
 from transformer_lens.hook_points import HookPoint
 
 from conformance.compare import Gap, compare_tensors
-from conformance.hooking import hook_points
 from conformance.inputs import inputs
 from conformance.observe import options, sites_of, started
+from conformance.points import hook_points
 from conformance.recorder import Observation
 from conformance.sites import Site
 from conformance.spec import Case
@@ -86,15 +86,23 @@ class Log:
         return listen
 
 
-def run_cached(
+def run_with_cache(
     subject: Subject, case: Case, tokens: torch.Tensor, **named: Any
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """What run_with_cache gives: its output and the cache, as a dict."""
+) -> tuple[torch.Tensor, Any]:
+    """What run_with_cache gives: its output and the cache, an `ActivationCache` or a dict."""
     bridge = subject.bridge
     assert bridge is not None
     given = {"return_type": "logits", **options(subject, case), **named}
     with at_work("run_with_cache"), started(subject, case):
-        output, cache = bridge.run_with_cache(tokens, **given)
+        found: tuple[torch.Tensor, Any] = bridge.run_with_cache(tokens, **given)
+    return found
+
+
+def run_cached(
+    subject: Subject, case: Case, tokens: torch.Tensor, **named: Any
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """As `run_with_cache`, with the cache as a dict."""
+    output, cache = run_with_cache(subject, case, tokens, **named)
     return output, dict(cache.items())
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from conformance.checks.registry import Adapter, check
 from conformance.compare import Gap, compare_gradients, compare_values
-from conformance.hooking import hook_points
 from conformance.observe import observe, sites_of
+from conformance.points import hook_points
 from conformance.sites import Status, sites
 from conformance.spec import Case
 from conformance.strategies import cases

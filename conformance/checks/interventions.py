@@ -20,8 +20,8 @@ from conformance.compare import (
     compare_values,
     labelled,
 )
-from conformance.hooking import hook_points
 from conformance.observe import observe, sites_of
+from conformance.points import hook_points
 from conformance.recorder import Observation, Recorder
 from conformance.sites import POST_CLIP, fired_rows
 from conformance.spec import EDITS, Case, ModelSpec, RunSpec

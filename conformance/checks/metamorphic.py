@@ -22,9 +22,9 @@ from conformance.compare import (
     compare_tensors,
     compare_values,
 )
-from conformance.hooking import hook_points
 from conformance.inputs import Inputs, inputs
 from conformance.observe import observe, sites_of
+from conformance.points import hook_points
 from conformance.spec import Case, ModelSpec, RunSpec
 from conformance.strategies import WIDE_DTYPES, cases, legal_flags, model_specs, run_specs
 from conformance.subjects import Subject, SubjectError, bridged, reference

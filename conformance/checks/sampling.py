@@ -157,9 +157,9 @@ def hugging_face(adapter: Adapter, case: Case) -> Iterator[Gap]:
         mask = torch.ones_like(data.tokens)
     if mask is not None:
         given["attention_mask"] = mask
-    ends = [END, int(data.tokens[0, 0])][: seed // 5 % 3]
-    told: dict[str, Any] = {"eos_token_id": ends} if ends else {}
-    endless = not ends and seed % 2 == 0
+    ends = ([], [END], [END, int(data.tokens[0, 0])], 0)[seed // 5 % 4]
+    told: dict[str, Any] = {} if ends == [] else {"eos_token_id": ends}
+    endless = not told and seed % 2 == 0
     truth = reference(case.model)
     subject = generating(case, adapter)
     if endless:  # the configuration has an end, which the call takes away

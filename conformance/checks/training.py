@@ -16,8 +16,8 @@ from conformance.checks.frozen import parts_of
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import forward_as_it_is, in_one_forward, needs_patch, sites_to_hook
 from conformance.compare import Gap, bitwise, labelled
-from conformance.hooking import hook_points
 from conformance.observe import module_of
+from conformance.points import hook_points
 from conformance.spec import Case
 from conformance.strategies import cases, model_specs
 from conformance.subjects import Subject, at_work, bridged, patched, reference

@@ -201,8 +201,13 @@ def live(adapter: Adapter, case: Case) -> Iterator[Gap]:
     due = {"W_E": expected["embed.W_E"], "W_U": expected["unembed.W_U"]}
     due |= stacked(expected, model)
     present = {name: each for name, each in due.items() if each is not None}
+    layers = model.num_hidden_layers
+    summed = f"accumulated_bias({layers})"
     with at_work("a gradient through the accessors"):
         got = {name: getattr(bridge, name) for name in present}
+        if "b_O" in present:
+            got[summed] = bridge.accumulated_bias(layers)
+            present[summed] = _accumulated(expected, layers).to(got[summed].dtype)
         actual = _gradients(got, dict(subject.parameters), seed)
     for gap in exact_gaps(_gradients(present, dict(truth.parameters), seed), actual):
         yield replace(gap, site=f"gradient of {gap.site} through the accessors")

@@ -14,9 +14,9 @@ from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import exact_gaps, turn
 from conformance.compare import Gap, compare_parameters
-from conformance.hooking import hook_points
 from conformance.observe import observe
 from conformance.parts import accessors, parts
+from conformance.points import hook_points
 from conformance.spec import FLAGS, Case, ModelSpec
 from conformance.strategies import WIDE_DTYPES, cases, model_specs
 from conformance.subjects import Subject, at_work, bridged, hf_model, make_adapter, reference

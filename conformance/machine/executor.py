@@ -16,9 +16,9 @@ from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapt
 
 from conformance.edits import edited
 from conformance.fields import SpecError
-from conformance.hooking import canonical_points
 from conformance.machine.state import Hook, State, fresh
 from conformance.observe import observe, started
+from conformance.points import canonical_points
 from conformance.recorder import Observation, Recorder
 from conformance.sites import Site, observable, sites
 from conformance.spec import MAX_SEED, Case, Edit, Step

@@ -314,3 +314,69 @@ add(
     "layer",
     lambda original: lambda self: original(self) - (original(self) == 2),
 )
+
+
+@mutant(
+    "caching.batch_dim_again",
+    "a cache without its batch axis",
+    "caching.values",
+    OlmoTransformerBridge,
+    "run_with_cache",
+)
+def batch_dim_again(original: Any) -> Any:
+    """A cache whose batch axis was removed at once says that it has one."""
+
+    def run_with_cache(self: Any, *args: Any, **named: Any) -> Any:
+        output, cache = original(self, *args, **named)
+        if hasattr(cache, "has_batch_dim"):
+            cache.has_batch_dim = True
+        return output, cache
+
+    return run_with_cache
+
+
+@mutant(
+    "weights.accumulated_detached",
+    "output biases",
+    "weights.live",
+    OlmoTransformerBridge,
+    "accumulated_bias",
+)
+def accumulated_detached(original: Any) -> Any:
+    """No gradient goes through accumulated_bias."""
+    return lambda self, *args, **named: original(self, *args, **named).detach()
+
+
+@mutant(
+    "generation.end_zero",
+    "an end token 0",
+    "sampling.hugging_face",
+    OlmoTransformerBridge,
+    "hf_generate",
+)
+def end_zero(original: Any) -> Any:
+    """hf_generate takes the end token 0 for none."""
+
+    def hf_generate(self: Any, *args: Any, **named: Any) -> Any:
+        if not named.get("eos_token_id", True):
+            named["eos_token_id"] = None
+        return original(self, *args, **named)
+
+    return hf_generate
+
+
+@mutant(
+    "compatibility.wide_clip",
+    "a clip far out",
+    "compatibility.value_biases",
+    OlmoTransformerBridge,
+    "_why_value_biases_must_stay",
+)
+def wide_clip(original: Any) -> Any:
+    """A value bias is folded past a clip that is thought never to bind."""
+
+    def why(self: Any) -> Any:
+        clip = self.original_model.config.clip_qkv
+        return None if clip is not None and clip > 10 else original(self)
+
+    return why

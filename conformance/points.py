@@ -1,4 +1,4 @@
-"""Put a recorder's hooks on the hook points of a bridge, and take them off again."""
+"""The hook points of a bridge; put a recorder's hooks on them, and take them off again."""
 
 from __future__ import annotations
 
