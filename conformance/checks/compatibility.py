@@ -15,14 +15,16 @@ from transformers.activations import ACT2FN
 
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
+from conformance.checks.relations import nudged, underived
 from conformance.checks.support import bridge_of
 from conformance.compare import Gap, compare_tensors
 from conformance.inputs import inputs
 from conformance.observe import observe, sites_of
+from conformance.sites import observable
 from conformance.spec import PADDINGS, PROCESSING, Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs, run_specs
 from conformance.subjects import Subject, at_work, bridged, reference
-from conformance.tolerance import of_log_probabilities
+from conformance.tolerance import PROCESSED_NUDGES, of_log_probabilities, of_rounding
 from conformance.verdict import NotApplicable
 
 ACTIVATIONS = ("silu", *sorted(set(ACT2FN) - {"silu"}))
@@ -66,6 +68,30 @@ def log_probabilities_of(logits: torch.Tensor, case: Case) -> torch.Tensor:
     return chosen.log_softmax(-1)
 
 
+def probability_gaps(
+    name: str, due: torch.Tensor, got: torch.Tensor, truth: Subject, case: Case
+) -> Iterator[Gap]:
+    """The gap between log-probabilities before and after weights were processed, if there is one.
+
+    Args:
+        name: What the gap is called.
+        due: The reference's.
+        got: The bridge's.
+        truth: The reference, which is run again, its numbers nudged, where other roundings of this
+            very model may be all there is.
+        case: What it runs.
+    """
+    gap = compare_tensors(name, due, got, of_log_probabilities())
+    if gap is not None:
+        runs = (
+            observe(truth, case, backward=False),
+            *nudged(truth, case, underived(observable(case.model))),
+        )
+        plain, *moved = (log_probabilities_of(run.logits, case) for run in runs)
+        gap = compare_tensors(name, due, got, of_rounding(plain, moved, PROCESSED_NUDGES))
+    yield from [gap] if gap else []
+
+
 @check(
     "compatibility.log_probabilities",
     "Compatibility mode, with any set of weight processing but the refactoring of QK that rotary "
@@ -74,14 +100,14 @@ def log_probabilities_of(logits: torch.Tensor, case: Case) -> torch.Tensor:
 )
 def log_probabilities(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """With and without biases, clip and grouped heads, for every activation."""
-    expected = observe(reference(case.model), case, backward=False)
+    truth = reference(case.model)
+    expected = observe(truth, case, backward=False)
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
     process(subject, case)
     actual = observe(subject, case, backward=False)
     due = log_probabilities_of(expected.logits, case)
     got = log_probabilities_of(actual.logits, case)
-    gap = compare_tensors("log-probabilities", due, got, of_log_probabilities())
-    yield from [gap] if gap else []
+    yield from probability_gaps("log-probabilities", due, got, truth, case)
 
 
 @check(
@@ -143,8 +169,7 @@ def refusal(adapter: Adapter, case: Case) -> Iterator[Gap]:
     after = observe(subject, case, backward=False)
     due = log_probabilities_of(before.logits, case)
     got = log_probabilities_of(after.logits, case)
-    gap = compare_tensors("log-probabilities", due, got, of_log_probabilities())
-    yield from [gap] if gap else []
+    yield from probability_gaps("log-probabilities", due, got, reference(case.model), case)
 
 
 @check(

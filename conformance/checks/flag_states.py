@@ -9,13 +9,13 @@ from itertools import combinations
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from conformance.checks.compatibility import log_probabilities_of, process
+from conformance.checks.compatibility import log_probabilities_of, probability_gaps, process
 from conformance.checks.flags import RETURNED, gate_edits
 from conformance.checks.forked import edit_behind_flags, edited_gaps, without_edits
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import bridge_of, copied, turn
-from conformance.compare import Gap, compare_tensors
+from conformance.compare import Gap
 from conformance.forks import Forks
 from conformance.observe import observe, sites_of
 from conformance.points import hook_points
@@ -23,7 +23,6 @@ from conformance.sites import behind_flags
 from conformance.spec import EXCLUSIVE, FLAGS, Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs
 from conformance.subjects import Subject, bridged, reference
-from conformance.tolerance import of_log_probabilities
 
 
 def _flags_of(subject: Subject) -> dict[str, bool]:
@@ -152,5 +151,4 @@ def compatibility(adapter: Adapter, case: Case) -> Iterator[Gap]:
         actual = observe(subject, bare, sites={}, backward=False)
         due = log_probabilities_of(expected.logits, case)
         got = log_probabilities_of(actual.logits, case)
-        gap = compare_tensors(name, due, got, of_log_probabilities())
-        yield from [gap] if gap else []
+        yield from probability_gaps(name, due, got, truth, bare)

@@ -65,7 +65,7 @@ class ByHand:
     def __init__(self, seen: Observation, truth: Subject, case: Case) -> None:
         self.layers = case.model.num_hidden_layers
         self._values, self._logits, self._case = seen.values, seen.logits, case
-        self._model = truth.model
+        self.truth, self._model = truth, truth.model
         asked = case.run.processing
         self._centers = "center_writing_weights" in asked
         model = case.model

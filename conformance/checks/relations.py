@@ -8,7 +8,7 @@ import torch
 
 from conformance.compare import Gap, compare_tensors
 from conformance.inputs import inputs
-from conformance.observe import watched
+from conformance.observe import observe, watched
 from conformance.recorder import Observation, Recorder
 from conformance.sites import Site
 from conformance.spec import Case
@@ -65,6 +65,22 @@ def nudged(
     nudges, d_head = _Nudges(case.run.token_seed, angles), case.model.d_head
     with watched(subject, d_head, sites=sites, backward=False, recorder=nudges) as look:
         return tuple(look(case, inputs(case)) for _ in range(4))
+
+
+def greatest_move(subject: Subject, case: Case, sites: Mapping[str, Site]) -> float:
+    """By how many float32 eps of a tensor's greatest entry roundings move any of a run's tensors.
+
+    See `nudged` for the arguments.
+    """
+    plain = observe(subject, case, sites=sites, backward=False).values
+    runs = nudged(subject, case, sites)
+
+    def move(name: str, tensor: torch.Tensor) -> float:
+        by = max(float((tensor - run.values[name]).abs().max()) for run in runs)
+        return by / (FLOAT32_ULP * max(float(tensor.abs().max()), tiny))
+
+    tiny = torch.finfo(torch.float32).tiny
+    return max(move(name, each) for name, each in plain.items() if each.is_floating_point())
 
 
 def related_gaps(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from transformer_lens.utilities.slice import Slice
 from conformance.checks.compatibility import process
 from conformance.checks.pieces import ByHand, Piece, total
 from conformance.checks.registry import Adapter
+from conformance.checks.relations import greatest_move, underived
 from conformance.checks.support import bridge_of, drawing, in_one_forward, some_positions
 from conformance.compare import Gap, within
 from conformance.inputs import inputs
 from conformance.observe import observe, options, sites_of, started
+from conformance.sites import observable
 from conformance.spec import Case
 from conformance.subjects import at_work, bridged, reference
 from conformance.tolerance import exactly, of_pieces
@@ -151,7 +154,16 @@ class Taken:
             return
         processed = bool(self.case.run.processing)
         size, dtype, normalized = piece.size, self.dtype, piece.normalized
-        yield from within(of_pieces(size, dtype, normalized, processed), name, due, wide)
+        gaps = list(within(of_pieces(size, dtype, normalized, processed), name, due, wide))
+        if gaps and processed:
+            moved = of_pieces(size, dtype, normalized, processed, moves=self._moves)
+            gaps = list(within(moved, name, due, wide))
+        yield from gaps
+
+    @cached_property
+    def _moves(self) -> float:
+        """See `greatest_move`; few cases need it."""
+        return greatest_move(self.due.truth, self.case, underived(observable(self.case.model)))
 
 
 def taken(adapter: Adapter, case: Case) -> Taken:

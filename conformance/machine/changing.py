@@ -10,15 +10,15 @@ from dataclasses import replace
 
 import torch
 
+from conformance.checks.compatibility import probability_gaps
 from conformance.checks.forked import is_exact
 from conformance.checks.support import quiet
-from conformance.compare import Gap, bitwise, compare_tensors
+from conformance.compare import Gap, bitwise
 from conformance.machine.executor import Machine, Original, named_parameters
 from conformance.machine.moves import move
 from conformance.observe import observe
 from conformance.spec import EXCLUSIVE, PROCESSING, Step
 from conformance.subjects import at_work, unpatcher
-from conformance.tolerance import of_log_probabilities
 
 
 def _changes_no_bit(machine: Machine, step: Step) -> bool:
@@ -197,8 +197,7 @@ def compatibility(machine: Machine, step: Step) -> Iterator[Gap]:
         yield from bitwise("logits", due, got)
         return
     due, got = due.log_softmax(-1), got.log_softmax(-1)
-    gap = compare_tensors("log-probabilities", due, got, of_log_probabilities())
-    yield from [gap] if gap else []
+    yield from probability_gaps("log-probabilities", due, got, machine.truth(), case)
     yield from _follow(machine)
 
 

@@ -7,7 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conformance.checks.relations import nudged, related_gaps, reweigh
+from conformance.checks.compatibility import log_probabilities_of, probability_gaps
+from conformance.checks.relations import (
+    greatest_move,
+    nudged,
+    related_gaps,
+    reweigh,
+    underived,
+)
+from conformance.data import regressions
 from conformance.observe import observe
 from conformance.sites import observable
 from conformance.spec import Case, ModelSpec, RunSpec
@@ -32,6 +40,23 @@ def test_a_nudged_run_is_off_by_roundings(dtype: str) -> None:
             assert 0 < allowance.atol < 1e-3, name
     assert not torch.equal(plain.logits, moved[0].logits)
     assert not any(run.gradients for run in moved)
+
+
+def test_how_far_roundings_reach_is_known_of_each_case() -> None:
+    (tiny,) = (record.case for record in regressions("decompositions.processed"))
+    for case, low, high in ((CASE, 2, 200), (tiny, 1e3, 1e6)):  # behind a clip of 0.0015
+        wanted = underived(observable(case.model))
+        assert low < greatest_move(reference(case.model), case, wanted) < high
+
+
+def test_processed_weights_may_round_otherwise_and_no_more() -> None:
+    (hard,) = (record.case for record in regressions("compatibility.log_probabilities"))
+    for case, slack in ((CASE, 4e-5), (hard, 1e-4)):  # rows of three nearly equal entries
+        truth = reference(case.model)
+        due = log_probabilities_of(observe(truth, case, backward=False).logits, case)
+        assert not list(probability_gaps("it", due, due + slack, truth, case))
+        (gap,) = probability_gaps("it", due, due + 10 * slack, truth, case)
+        assert (gap.site, gap.kind) == ("it", "value")
 
 
 def test_a_masked_score_does_not_count() -> None:

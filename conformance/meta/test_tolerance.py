@@ -392,6 +392,8 @@ def test_a_rounding_is_the_greatest_of_the_nudged_runs_and_masked_scores_have_no
     allowance = of_rounding(plain, nudged)
     assert allowance.rtol == 0
     assert allowance.atol == pytest.approx(8 * (2.0**-10 + 4 * F32), rel=1e-12, abs=0)
+    twice = of_rounding(plain, nudged, 2.0)
+    assert twice.atol == pytest.approx(2 * (2.0**-10 + 4 * F32), rel=1e-12, abs=0)
     assert "as far as roundings move the reference" in allowance.reason
 
 
@@ -416,3 +418,7 @@ def test_the_allowance_of_pieces_knows_a_float32_scale_and_processing() -> None:
     ):
         allowance = of_pieces(size, torch.float64, normalized, processed)
         assert (allowance.atol, allowance.rtol) == (2 * factor, 0)
+    for moves, factor in ((3.0, 32), (500.0, 1000)):
+        allowance = of_pieces(size, torch.float32, False, True, moves=moves)
+        assert (allowance.atol, allowance.rtol) == (2 * factor * ULP, 0)
+    assert of_pieces(size, torch.float32, False, False, moves=500.0).atol == 6 * ULP
