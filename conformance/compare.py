@@ -51,7 +51,7 @@ def compare_tensors(
     kind: str = "value",
     any_wider: bool = False,
 ) -> Gap | None:
-    """Compare two tensors: shape, then dtype, then every entry. Two NaN in one place agree.
+    """Compare two tensors: shape, dtype, device, then every entry. Two NaN in one place agree.
 
     Args:
         name: What the gap is called.
@@ -67,6 +67,8 @@ def compare_tensors(
     wider = any_wider and actual.dtype in (torch.float32, torch.float64)
     if actual.dtype != expected.dtype and not wider:
         return Gap(name, "dtype", f"{_short(actual.dtype)} instead of {_short(expected.dtype)}")
+    if actual.device != expected.device:
+        return Gap(name, "contract", f"on {actual.device} instead of {expected.device}")
     if torch.equal(actual, expected):
         return None
     if callable(allowance):

@@ -78,6 +78,11 @@ def test_the_shape_is_told_before_the_dtype_and_the_dtype_before_the_values() ->
     assert gap.kind == "shape"
 
 
+def test_a_tensor_elsewhere_is_told_and_not_compared() -> None:
+    gap = compare_tensors("site", torch.zeros(2), torch.zeros(2, device="meta"), BITWISE)
+    assert gap == Gap("site", "contract", "on meta instead of cpu")
+
+
 @pytest.mark.parametrize(
     ("actual", "any_wider", "agrees"),
     [
