@@ -17,6 +17,7 @@ from conformance.tolerance import FLOAT32_ULP, exactly, of_rounding
 
 # From a name, ``value`` or ``gradient``, what is due and what came, to what of them must agree.
 View = Callable[[str, str, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor] | None]
+WIDE = (torch.float32, torch.float64)  # of the models that `nudged` can run
 
 
 class _Nudges(Recorder):

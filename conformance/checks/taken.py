@@ -14,7 +14,7 @@ from transformer_lens.utilities.slice import Slice
 from conformance.checks.compatibility import process
 from conformance.checks.pieces import ByHand, Piece, total
 from conformance.checks.registry import Adapter
-from conformance.checks.relations import greatest_move, underived
+from conformance.checks.relations import WIDE, greatest_move, underived
 from conformance.checks.support import bridge_of, drawing, in_one_forward, some_positions
 from conformance.compare import Gap, within
 from conformance.inputs import inputs
@@ -155,7 +155,7 @@ class Taken:
         processed = bool(self.case.run.processing)
         size, dtype, normalized = piece.size, self.dtype, piece.normalized
         gaps = list(within(of_pieces(size, dtype, normalized, processed), name, due, wide))
-        if gaps and processed:
+        if gaps and processed and dtype in WIDE:
             moved = of_pieces(size, dtype, normalized, processed, moves=self._moves)
             gaps = list(within(moved, name, due, wide))
         yield from gaps
