@@ -115,7 +115,9 @@ def value_biases(case: Case, verdict: Verdict) -> Act:
 @template("compatibility.refusal")
 def refusal(case: Case, verdict: Verdict) -> Act:
     """Logits before and after a refusal."""
-    if verdict.outcome is Outcome.ERRORED or verdict.gaps[0].site != "logits after a refusal":
+    if verdict.outcome is Outcome.ERRORED:
+        return Act(crash(case))
+    if verdict.gaps[0].site != "logits after a refusal":
         raise NoTemplateError(verdict.summary)
     return Act(
         [
@@ -134,7 +136,7 @@ def refusal(case: Case, verdict: Verdict) -> Act:
 def hooks(case: Case, verdict: Verdict) -> Act:
     """How often a hook fires once weights are processed."""
     if verdict.outcome is Outcome.ERRORED:
-        return Act(_process(case), feeds=False)
+        return Act([*_process(case), *text.run_bridge(case, "")])
     lines = _counted(verdict.gaps[0].site, _process(case), [_FORWARD], "once")
     return Act([*lines, "raise SystemExit(len(fired) != 1)"])
 
