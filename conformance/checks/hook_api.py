@@ -242,7 +242,7 @@ class _Script:
     "hooks(), run_with_hooks, reset_hooks and remove_hooks, just the hooks that should be there "
     "are called, in order, forwards and backwards, and the logits are bit for bit what they were.",
     cases,
-    examples=0.6,
+    examples=0.84,
 )
 def ledger(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """A drawn script of steps, with a forward and a backward after each."""

@@ -52,7 +52,7 @@ def gradients(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "Every hook of the table is there under its canonical name and all of its aliases, knows "
     "its layer, and no other is.",
     cases,
-    examples=0.2,
+    examples=0.3,
 )
 def names(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The aliases are the same hook point, not another one that fires too."""

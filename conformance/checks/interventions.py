@@ -161,7 +161,7 @@ def clipped_edits() -> SearchStrategy[Case]:
     "interventions.clipped",
     "An edit after the clamp has the effect of changing what attention uses, and is not clamped.",
     clipped_edits,
-    examples=0.3,
+    examples=0.45,
 )
 def clipped(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """At the hooks that an adapter declares beyond the required ones."""

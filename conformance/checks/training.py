@@ -200,7 +200,7 @@ def steps(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "Gradients accumulate over micro-batches and zero_grad() of the bridge clears them as those of "
     "the reference, to the same losses and weights.",
     training_cases,
-    examples=0.1,
+    examples=0.15,
 )
 def accumulation(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Three steps of two micro-batches."""
