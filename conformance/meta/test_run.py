@@ -265,7 +265,7 @@ def test_check_adapter_returns_a_verdict_a_check_in_order() -> None:
         verdicts = check_adapter(judged, checks=["forward.logits", "hooks.names"])
         assert [verdict.check for verdict in verdicts] == ["forward.logits", "hooks.names"]
         assert [verdict.outcome for verdict in verdicts] == [Outcome.PASSED] * 2
-        assert [verdict.examples for verdict in verdicts] == [5, 1]
+        assert [verdict.examples for verdict in verdicts] == [5, 2]
 
 
 def test_check_adapter_refuses_what_does_not_exist() -> None:
