@@ -9,16 +9,14 @@ from math import sqrt
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
-from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import has_exact, sites_to_hook
+from conformance.checks.support import everywhere_gaps, has_exact, in_one_forward
 from conformance.compare import (
     Gap,
     compare_gradients,
     compare_parameters,
     compare_tensors,
-    compare_values,
     labelled,
 )
 from conformance.observe import observe, sites_of
@@ -137,23 +135,12 @@ def _enlarge(subject: Subject, model: ModelSpec) -> None:
 )
 def sizes(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The weights and biases of q, k and v are scaled to the clip."""
-    case = replace(case, run=replace(case.run, chunks=1))
-    subjects = [bridged(case.model, adapter, prepared=case.run.prepared)]
-    if adapter.prepare_model is not ArchitectureAdapter.prepare_model and has_exact(adapter):
-        subjects.append(patched(case.model, adapter, exact_clip=True))
+    case = in_one_forward(case)
+    subjects = {"bridged": bridged(case.model, adapter, prepared=case.run.prepared)}
+    if has_exact(adapter):
+        subjects["patched"] = patched(case.model, adapter, exact_clip=True)
     truth = reference(case.model)
-    for each in (truth, *subjects):
+    for each in (truth, *subjects.values()):
         _enlarge(each, case.model)
-    for subject in subjects:
-        every, plain = sites_of(subject, case), sites_to_hook(subject, case)
-        expected = observe(truth, case, sites=every)
-        actual = observe(subject, case, sites=every, gradients_at=plain)
-        due = () if subject.bridge is not None else expected.fired
-        yield from labelled(
-            "patched" if subject.bridge is None else "bridged",
-            (
-                *compare_values(expected, actual, every, due=due),
-                *compare_gradients(expected, actual, plain),
-                *compare_parameters(expected, actual),
-            ),
-        )
+    for kind, subject in subjects.items():
+        yield from labelled(kind, everywhere_gaps(truth, subject, case))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import needs_patch
+from conformance.checks.support import everywhere_gaps, needs_patch
 from conformance.compare import (
     Gap,
     compare_gradients,
@@ -17,7 +17,7 @@ from conformance.compare import (
     compare_tensors,
     compare_values,
 )
-from conformance.observe import observe, sites_of
+from conformance.observe import observe
 from conformance.recorder import Observation
 from conformance.sites import Site, observable
 from conformance.spec import Case
@@ -61,13 +61,7 @@ def everywhere(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """One forward and backward with everything on it, but the LayerNorms' derived sites."""
     case = replace(case, run=replace(case.run, chunks=1))
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
-    wanted = {name: site for name, site in sites_of(subject, case).items() if not site.derived}
-    every = sites_of(subject, case)
-    expected = observe(reference(case.model), case, sites=every)
-    actual = observe(subject, case, sites=wanted)
-    yield from compare_values(expected, actual, every)
-    yield from compare_gradients(expected, actual, wanted)
-    yield from compare_parameters(expected, actual)
+    yield from everywhere_gaps(reference(case.model), subject, case)
 
 
 @check(

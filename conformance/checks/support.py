@@ -22,7 +22,13 @@ from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapt
 from transformer_lens.utilities.slice import Slice
 
 from conformance.checks.registry import Adapter
-from conformance.compare import Gap, compare_tensors
+from conformance.compare import (
+    Gap,
+    compare_gradients,
+    compare_parameters,
+    compare_tensors,
+    compare_values,
+)
 from conformance.observe import arguments, logits_of, module_of, observe, sites_of
 from conformance.sites import Site, observable
 from conformance.spec import Case
@@ -70,6 +76,21 @@ def some_positions(length: int, draw: Callable[[int], int]) -> tuple[Any, Collec
 def sites_to_hook(subject: Subject, case: Case) -> dict[str, Site]:
     """Sites to hook backwards too: all but those inside of the LayerNorms, which have checks."""
     return {name: site for name, site in sites_of(subject, case).items() if not site.derived}
+
+
+def everywhere_gaps(truth: Subject, subject: Subject, case: Case) -> Iterator[Gap]:
+    """All gaps of one run in one forward, and backwards, with everything on it.
+
+    Gradients at sites are those of `sites_to_hook`.
+    """
+    every, plain = sites_of(subject, case), sites_to_hook(subject, case)
+    expected = observe(truth, case, sites=every)
+    actual = observe(subject, case, sites=every, gradients_at=plain)
+    # Taps fire in an order of their own; what is due of a bridge is the table's.
+    due = expected.fired if subject.bridge is None else ()
+    yield from compare_values(expected, actual, every, due=due)
+    yield from compare_gradients(expected, actual, plain)
+    yield from compare_parameters(expected, actual)
 
 
 def forward_as_it_is(subject: Subject, case: Case) -> tuple[torch.Tensor, torch.Tensor]:

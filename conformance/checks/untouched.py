@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
 
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import drawing
+from conformance.checks.support import drawing, has_exact
 from conformance.compare import Gap
 from conformance.spec import Case
 from conformance.strategies import cases
@@ -107,7 +106,7 @@ def untouched(adapter: Adapter, case: Case) -> Iterator[Gap]:
             lambda: made.setup_component_testing(model.whole, bridge_model=built[0]),
         ),
     ]
-    if "exact_clip" in inspect.signature(made.prepare_model).parameters:
+    if has_exact(adapter):
         exactly = lambda: made.prepare_model(model.whole, exact_clip=True)  # noqa: E731
         acts.insert(case.run.token_seed % 2, ("prepare_model(exact_clip=True)", model, exactly))
     package: ModuleType = sys.modules[adapter.__module__.partition(".")[0]]
