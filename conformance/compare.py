@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -42,6 +42,15 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _alike(expected: torch.Tensor, actual: torch.Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype, device and entries, as nearly all have."""
+    return (
+        actual.dtype is expected.dtype
+        and actual.device == expected.device
+        and torch.equal(actual, expected)
+    )
+
+
 def compare_tensors(
     name: str,
     expected: torch.Tensor,
@@ -62,6 +71,8 @@ def compare_tensors(
         any_wider: Accept float32 and float64 where the reference is shorter or float32: a derived
             value has the precision it was recomputed in.
     """
+    if _alike(expected, actual):
+        return None
     if actual.shape != expected.shape:
         return Gap(name, "shape", f"{list(actual.shape)} instead of {list(expected.shape)}")
     wider = any_wider and actual.dtype in (torch.float32, torch.float64)
@@ -69,7 +80,7 @@ def compare_tensors(
         return Gap(name, "dtype", f"{_short(actual.dtype)} instead of {_short(expected.dtype)}")
     if actual.device != expected.device:
         return Gap(name, "contract", f"on {actual.device} instead of {expected.device}")
-    if torch.equal(actual, expected):
+    if wider and torch.equal(actual, expected):
         return None
     if callable(allowance):
         allowance = allowance()
@@ -140,8 +151,11 @@ def compare_firing(expected: Iterable[str], actual: Iterable[str]) -> Iterator[G
             return
 
 
-def in_order(sites: Mapping[str, Site], keys: Iterable[str]) -> list[str]:
+def in_order(sites: Mapping[str, Site], keys: Collection[str]) -> list[str]:
     """Observation keys, ``name`` or ``name#chunk``, in the order of execution."""
+    ordered = [name for name in sites if name in keys]
+    if len(ordered) == len(keys):  # all of one chunk
+        return ordered
     place = {name: index for index, name in enumerate(sites)}
 
     def rank(key: str) -> tuple[int, int]:
@@ -171,13 +185,13 @@ def compare_values(
     due = due or in_order(sites, expected.values)
     gaps = [] if tuple(due) == actual.fired else list(compare_firing(due, actual.fired))
     for key in due:
-        if key in actual.values:
-            site = sites[key.partition("#")[0]]
-            wanted = expected.values[key]
-            allowance = allowances.get(key) or partial(of_value, site, key, expected.values)
-            derived = bool(site.derived)
-            gap = compare_tensors(key, wanted, actual.values[key], allowance, any_wider=derived)
-            gaps += [gap] if gap else []
+        wanted, got = expected.values[key], actual.values.get(key)
+        if got is None or _alike(wanted, got):
+            continue
+        site = sites[key.partition("#")[0]]
+        allowance = allowances.get(key) or partial(of_value, site, key, expected.values)
+        gap = compare_tensors(key, wanted, got, allowance, any_wider=bool(site.derived))
+        gaps += [gap] if gap else []
     gap = compare_tensors("logits", expected.logits, actual.logits, exactly(expected.logits.dtype))
     gaps += [gap] if gap else []
     rank = {key: index for index, key in enumerate([*due, "logits"])}
@@ -193,7 +207,7 @@ def compare_gradients(
     """Every site's gradient, and that it came exactly once, in the order of the backward pass."""
     gaps: list[Gap] = []
     counts = Counter(actual.fired_backward)
-    for name in reversed(in_order(sites, sites)):
+    for name in reversed(list(sites)):
         if name not in expected.gradients:
             if counts[name]:
                 gaps.append(Gap(name, "extra", "has a gradient that the reference has not"))
@@ -201,19 +215,12 @@ def compare_gradients(
             gaps.append(Gap(name, "missing", "no gradient reached the backward hook"))
         elif counts[name] > 1:
             gaps.append(Gap(name, "count", f"fired backwards {counts[name]} times"))
-        else:
-            wanted = expected.gradients[name]
+        elif not _alike(wanted := expected.gradients[name], got := actual.gradients[name]):
             allowance = allowances.get(name) or partial(
                 of_gradient, sites[name], expected.values, expected.gradients
             )
-            gap = compare_tensors(
-                name,
-                wanted,
-                actual.gradients[name],
-                allowance,
-                kind="gradient",
-                any_wider=bool(sites[name].derived),
-            )
+            derived = bool(sites[name].derived)
+            gap = compare_tensors(name, wanted, got, allowance, kind="gradient", any_wider=derived)
             gaps += [gap] if gap else []
     return tuple(gaps)
 
@@ -231,6 +238,8 @@ def compare_parameters(
             if wanted is not got:
                 has = "none" if got is None else "one"
                 gaps.append(Gap(name, "missing" if got is None else "extra", f"gradient: {has}"))
+            continue
+        if _alike(wanted, got):
             continue
         allowance = allowances.get(name) or partial(exactly, wanted.dtype)
         gap = compare_tensors(name, wanted, got, allowance, kind="gradient")
