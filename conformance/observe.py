@@ -191,7 +191,8 @@ def watched(
         gradients_at: Sites of a bridge to hook backwards; None hooks all of ``sites``.
         returned: Take the sites' gradients from what the forward hooks of a bridge return, a view
             of what they were given, instead of from backward hooks. That must change nothing, and
-            costs a fifth.
+            costs a fifth. Nor are the values copied, unless one turns out to have been written to
+            in place after its hook; then the run is made once more.
         recorder: What keeps and edits, if not a plain one.
 
     Yields:
@@ -213,7 +214,7 @@ def watched(
         )
         around = taps.attached()
 
-    def look(case: Case, data: Inputs) -> Observation:
+    def run(case: Case, data: Inputs) -> Observation:
         recorder.begin(case)
         if taps is not None:
             taps.cached = case.run.use_cache
@@ -232,6 +233,14 @@ def watched(
             tuple(recorder.fired_backward),
             recorder.random_state,
         )
+
+    def look(case: Case, data: Inputs) -> Observation:
+        recorder.copying = not returned
+        seen = run(case, data)
+        if recorder.overwritten():
+            recorder.copying = True
+            seen = run(case, data)
+        return seen
 
     with around:
         yield look

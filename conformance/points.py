@@ -27,7 +27,7 @@ def _value_hook(
         if returned and tensor.requires_grad and recorder.backward:
             new = tensor.view_as(tensor) if new is None else new
             recorder.differentiable[name] = new, unturned
-        recorder.value(name, (tensor if new is None else new).detach().clone())
+        recorder.value(name, recorder.kept(tensor if new is None else new))
         return new
 
     return hook

@@ -46,10 +46,12 @@ class Recorder:
         hooking: Get gradients by hooks on a Hugging Face model's tensors and a plain backward:
             checkpointing refuses to be asked for those of tensors.
         edits_gradients: Whether `gradient` may return another one.
+        copying: Copy the values that a bridge shows. If not, see `overwritten`.
     """
 
     hooking = False
     edits_gradients = False
+    copying = True
 
     def begin(self, case: Case) -> None:
         """Forget the last run."""
@@ -62,6 +64,19 @@ class Recorder:
         self.fired_backward: list[str] = []
         self.differentiable: dict[str, tuple[torch.Tensor, Turn]] = {}
         self.random_state: torch.Tensor | None = None
+        self._versions: list[tuple[torch.Tensor, int]] = []
+
+    def kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The value of somebody else's tensor, to be kept."""
+        value = tensor.detach()
+        if self.copying:
+            return value.clone()
+        self._versions.append((value, value._version))
+        return value
+
+    def overwritten(self) -> bool:
+        """Whether a tensor that was kept and not copied has been written to in place since."""
+        return any(value._version != version for value, version in self._versions)
 
     def key(self, name: str) -> str:
         """What a site's tensor of the present chunk is called."""

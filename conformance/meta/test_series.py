@@ -11,7 +11,8 @@ from hypothesis import given, settings
 
 from adapter import OlmoArchitectureAdapter
 from conformance.checks.series import all_runs, built, gaps_of
-from conformance.observe import observe, sites_of
+from conformance.inputs import inputs
+from conformance.observe import observe, sites_of, watched
 from conformance.recorder import Observation
 from conformance.spec import Case, ModelSpec, Rerun, RunSpec
 from conformance.strategies import MOST_RERUNS, series
@@ -48,6 +49,21 @@ def test_a_reused_and_a_fresh_build_show_the_same(case: Case) -> None:
         fresh = built(OlmoArchitectureAdapter, replace(its, run=replace(its.run, prepared=True)))
         for name, subject in fresh.items():
             same(seen[name], observe(subject, its, sites=sites))
+
+
+def test_a_value_is_what_the_hook_was_shown_though_it_is_overwritten_later() -> None:
+    case = Case(run=RunSpec(seq_len=3))
+    subject = built(OlmoArchitectureAdapter, case)["bridged"]
+    assert subject.bridge is not None
+    sites, site = sites_of(subject, case), "blocks.0.mlp.hook_out"
+    with watched(subject, case.model.d_head, sites=sites, returned=True) as look:
+        before = look(case, inputs(case))
+        point = subject.bridge.hook_dict[site]
+        point.register_forward_hook(lambda module, args, out: out.mul_(2))
+        after = look(case, inputs(case))
+    assert torch.equal(after.values[site], before.values[site])
+    assert not torch.equal(after.logits, before.logits)
+    assert after.fired == before.fired
 
 
 def test_runs_have_weights_of_their_own_and_the_last_ones_stay() -> None:
