@@ -98,7 +98,7 @@ def accumulated_gaps(run: Taken) -> Iterator[Gap]:
     "positions asked for, in order and rightly named; through a LayerNorm with the scale of the "
     "layer that reads them; the components sum to its input and, at the end, to the logits.",
     cases,
-    examples=0.45,
+    examples=0.8,
 )
 def components(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Bit for bit where no LayerNorm is applied, for one drawn combination of all options."""
@@ -131,7 +131,7 @@ def heads_gaps(run: Taken) -> Iterator[Gap]:
     "also where heads share keys and values, and as remainder all that is left; with the remainder "
     "and the final LayerNorm it sums to the logits.",
     cases,
-    examples=0.4,
+    examples=0.7,
 )
 def heads(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Of one layer, some positions and options that are drawn, before or after computing all."""

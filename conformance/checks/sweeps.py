@@ -176,7 +176,7 @@ def _swept(
     "head's z, q, k, v and pattern, by position or not) gives the logits and the metrics of the "
     "same patches made by hand on Hugging Face, with and without a gradient.",
     analysed_cases,
-    examples=0.45,
+    examples=0.8,
 )
 def sweeps(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Three drawn sweeps a case: of large ones some cells, of others all, in their own shape."""

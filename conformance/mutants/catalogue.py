@@ -57,6 +57,7 @@ CRASHES = {
     "cache.expected",
     "clamp.in_place",
     "machine.not_pickled_again",
+    "machine.shared_by_copies",
     "patch.no_clone",
     "recompute.forgotten",  # PyTorch notices where an edit has saved another number of tensors
     "state.biases_required",

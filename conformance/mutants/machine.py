@@ -215,7 +215,7 @@ class _Shared:
 
 @bridge_mutant("machine.shared_by_copies", "a copy whose weights change", CHECK)
 def shared_by_copies(bridge: Any) -> None:
-    """A deep copy has the embedding of its original."""
+    """A deep copy has the embedding of its original, and crashes where one of them is cast."""
     weight = bridge.original_model.get_input_embeddings().weight
     weight.__deepcopy__ = _Shared(weight)
 
