@@ -13,15 +13,17 @@ from click.testing import CliRunner
 
 from conformance import cli
 from conformance.checks import REGISTRY, judge
+from conformance.cli.base import BadInput
+from conformance.cli.reproduce import run_script
 from conformance.compare import Gap
 from conformance.data import FIXTURES
 from conformance.fields import SpecError
 from conformance.history.releases import RELEASES
-from conformance.ledger import ledger
+from conformance.ledger import known, ledger
 from conformance.locate import Found
 from conformance.meta.test_cli import one_clear_line, recorded
 from conformance.records import Record, loads
-from conformance.reproduce import as_before, script_of, smaller
+from conformance.reproduce import as_before, kept_of, script_of, smaller
 from conformance.reproduce.script import MOST_LINES
 from conformance.reproduce.templates import TEMPLATES
 from conformance.run import load_adapter, versions
@@ -235,9 +237,51 @@ def test_what_no_script_shows_is_said_in_one_line(case: Case, site: str, told: s
     assert "\n" not in str(caught.value)
 
 
-def test_a_check_without_a_template_is_said_in_one_line() -> None:
-    with pytest.raises(SpecError, match=r"^check='patch.life': must be one with a template: \['"):
-        sound(PLAIN, "logits", check="patch.life")
+def test_a_check_without_a_template_has_a_plain_run() -> None:
+    assert "patch.life" not in TEMPLATES
+    plain = sound(PLAIN, "run 1, bridged: logits", check="patch.life")
+    assert plain.partition("\n\n")[2] == sound(PLAIN, "logits").partition("\n\n")[2]
+
+
+FAILED = Verdict("patch.life", "upstream", Outcome.FAILED, PLAIN, (Gap("logits", "value", "off"),))
+ERRORED = Verdict(
+    "patch.life", "upstream", Outcome.ERRORED, PLAIN, reason="running: KeyError: 'gone'"
+)
+
+
+@pytest.mark.parametrize(
+    ("script", "verdict", "of_the_check", "shows"),
+    [
+        ("print('off'); raise SystemExit(1)", FAILED, False, True),
+        ("raise SystemExit(0)", FAILED, True, False),
+        ("pass", FAILED, True, False),
+        ("raise KeyError('gone')", FAILED, True, True),
+        ("raise KeyError('gone')", FAILED, False, False),  # a crash is another disagreement
+        ("raise KeyError('gone')", ERRORED, False, True),
+        ("raise ValueError('gone')", ERRORED, False, False),
+    ],
+)
+def test_a_script_must_show_what_the_case_does(
+    script: str, verdict: Verdict, of_the_check: bool, shows: bool
+) -> None:
+    if shows:
+        said = run_script(script, verdict, of_the_check=of_the_check)
+        assert said.endswith(("off\n", "KeyError: 'gone'\n"))
+    else:
+        with pytest.raises(BadInput, match=r"^patch\.life: the script that was made does not show"):
+            run_script(script, verdict, of_the_check=of_the_check)
+
+
+def test_the_ledger_keeps_a_script_of_what_is_known_and_of_nothing_else() -> None:
+    check, defect = "alive.output_attentions", "no-output-attentions"
+    known_here = known(check, upstream=True, release=None)
+    bad = verdict_of(check, next(s for name, s in known_here.showings if name == defect).witness)
+    kept = kept_of(bad, known_here)
+    assert kept is not None
+    assert kept.defect.id == defect
+    assert kept.script in {path.read_text(encoding="utf-8") for path in COMMITTED}
+    news = replace(bad, gaps=(Gap("logits", "value", "off"), *bad.gaps))
+    assert kept_of(news, known_here) is None
 
 
 def test_what_a_script_need_not_say_is_left_out() -> None:
@@ -303,3 +347,24 @@ def test_a_case_with_nothing_to_show_is_one_clear_line(tmp_path: Path) -> None:
     path.write_text(replace(record, check="copies.pickle").dumps(), encoding="utf-8")
     result = CliRunner().invoke(cli.main, ["reproduce", str(path), "-o", "no/where.py"])
     assert "there is no folder 'no'" in result.stderr
+
+
+@pytest.mark.skipif(not NEWEST, reason=f"they are of transformer_lens {RELEASES[-1]}")
+def test_a_case_that_no_script_is_made_of_has_that_of_its_known_defect(tmp_path: Path) -> None:
+    output, name = tmp_path / "it.py", "value-bias-past-clamp"
+    place = f"{FIXTURES}/known_defects.toml#{name}/processing.weights"
+    result = CliRunner().invoke(cli.main, ["reproduce", place, "-o", str(output), "--issue"])
+    assert result.exit_code == 0, result.output
+    assert f"Instead, the script of the known defect {name}:" in result.stderr
+    assert output.read_text(encoding="utf-8") in {path.read_text("utf-8") for path in COMMITTED}
+    defect = next(each for each in ledger() if each.id == name)
+    assert output.with_suffix(".md").read_text("utf-8").startswith(f"# {defect.title}\n")
+
+
+@pytest.mark.skipif(not NEWEST, reason=f"they are of transformer_lens {RELEASES[-1]}")
+def test_a_case_of_a_check_without_a_template_is_shown_by_a_plain_run() -> None:
+    place = f"{FIXTURES}/known_defects.toml#float32-after-rope/caching.unchanging"
+    result = CliRunner().invoke(cli.main, ["reproduce", place])
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    assert stands_alone(result.stdout)

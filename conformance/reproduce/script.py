@@ -8,7 +8,7 @@ from conformance.checks import REGISTRY
 from conformance.fields import SpecError
 from conformance.reproduce import special  # noqa: F401 - registers its templates
 from conformance.reproduce.places import NoTemplateError
-from conformance.reproduce.templates import TEMPLATES, Act
+from conformance.reproduce.templates import TEMPLATES, Act, run
 from conformance.reproduce.text import BUILDER, WIDTH, build, call, feed
 from conformance.spec import Case
 from conformance.verdict import Verdict
@@ -22,6 +22,8 @@ def script_of(
     """A script that shows what a verdict found, with torch, transformers and transformer_lens only.
 
     It ends with 1, or with the exception that the bridge raises, where the disagreement is there.
+    Of a check that has no template it shows a plain forward and backward, where the disagreement
+    may be as well: whoever asks must run it.
 
     Args:
         verdict: A bad one, on a case, of transformer_lens' own adapter.
@@ -30,17 +32,15 @@ def script_of(
         expected: What is due; the check's promise if empty.
 
     Raises:
-        SpecError: If there is no template for it.
+        SpecError: If none can be written.
     """
     name = verdict.check
     assert verdict.case is not None
-    if name not in TEMPLATES:
-        raise SpecError("check", name, f"one with a template: {sorted(TEMPLATES)}")
     about = title or f"{name}: {_short(verdict)}"
     above = _docstring(about, expected or REGISTRY[name].promise, versions)
     reason = "nothing of it can be seen from outside of Hugging Face's model"
     try:
-        acts = TEMPLATES[name](verdict.case, verdict)
+        acts = TEMPLATES.get(name, run)(verdict.case, verdict)
         for act in [acts] if isinstance(acts, Act) else acts:
             lines = [*above, "", *_body(verdict.case, act)]
             if len(lines) <= MOST_LINES:

@@ -62,7 +62,9 @@ def _edits(case: Case) -> list[str]:
     if len(case.run.edits) > 1:
         raise NoTemplateError("it has more than one edit")
     (edit,) = case.run.edits
-    site = observable(case.model)[edit.site]
+    site = observable(case.model).get(edit.site)
+    if site is None:
+        raise NoTemplateError(f"{edit.site} fires under a flag")
     lines = edit_function(edit, site)
     hook = f'bridge.hook_dict["{edit.site}"].add_hook(lambda x, hook: edit(x))'
     if edit.kind == "in_place":
