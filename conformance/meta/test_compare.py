@@ -227,6 +227,7 @@ def test_chunks_come_one_after_the_other() -> None:
     keys = ["second", "third#1", "unknown", "first#1", "unseen", "first"]
     ordered = ["first", "unseen", "second", "unknown", "first#1", "third#1"]
     assert in_order(SITES, keys) == ordered
+    assert in_order(SITES, {"third", "first"}) == ["first", "third"]
 
 
 # --- whole observations
@@ -394,3 +395,26 @@ def test_a_label_stands_before_the_site_and_changes_nothing_else() -> None:
         list(labelled("in a copy", [gap, gap]))
         == [Gap("in a copy: site", "value", "off", 1.0, (2,))] * 2
     )
+
+
+@pytest.mark.parametrize("what", ["values", "gradients", "parameter_gradients"])
+def test_an_allowance_of_its_own_is_of_one_name(what: str) -> None:
+    names = ("first", "second")
+    due = {name: tensor(1.0, 2.0) for name in names}
+    off = {name: tensor(1.0, 2.5) for name in names}
+    expected = observed(**{what: due}, fired=names, fired_backward=names[::-1])
+    actual = replace(expected, **{what: off})  # type: ignore[arg-type]
+    allowed = {"second": Allowance(0.0, 1.0, "half is nothing")}
+    gaps = {
+        "values": lambda: compare_values(expected, actual, SITES, allowances=allowed),
+        "gradients": lambda: compare_gradients(expected, actual, SITES, allowed),
+        "parameter_gradients": lambda: compare_parameters(expected, actual, allowed),
+    }[what]()
+    assert [gap.site for gap in gaps] == ["first"]
+
+
+def test_a_parameter_that_is_alike_does_not_end_the_comparison() -> None:
+    due = {"a": tensor(1.0), "b": None, "c": tensor(1.0), "d": None, "e": tensor(1.0)}
+    expected = observed(parameter_gradients=due)
+    actual = replace(expected, parameter_gradients={**due, "a": tensor(2.0)})
+    assert kinds(compare_parameters(expected, actual)) == [("a", "gradient")]
