@@ -22,7 +22,7 @@ _SHOWN = "a disagreement"
 
 
 def _ended(script: str) -> tuple[str, str]:
-    """How a script ends, with `_SHOWN`, an exception's name or nothing, and what it says."""
+    """How a script ends, with `_SHOWN`, an exception or nothing, and what it says."""
     said = io.StringIO()
     try:
         with redirect_stdout(said):
@@ -30,7 +30,8 @@ def _ended(script: str) -> tuple[str, str]:
     except SystemExit as end:
         return _SHOWN if end.code else "", said.getvalue()
     except Exception as error:
-        return type(error).__name__, said.getvalue() + traceback.format_exception_only(error)[-1]
+        how = f"{type(error).__name__}: {error}"
+        return how, said.getvalue() + traceback.format_exception_only(error)[-1]
     return "", said.getvalue()
 
 
@@ -47,7 +48,7 @@ def run_script(script: str, verdict: Verdict, *, of_the_check: bool) -> str:
         BadInput: If it does not show what the verdict does.
     """
     how, said = _ended(script)
-    if not how or not (of_the_check or how == _SHOWN or f"{how}: " in verdict.reason):
+    if not how or not (of_the_check or how == _SHOWN or how in verdict.reason):
         raise BadInput(f"{verdict.check}: the script that was made does not show it:\n{said}")
     return said
 
@@ -98,7 +99,7 @@ def reproduce(case: str, output: Path | None, title: str, issue: bool) -> None:
         script = script_of(verdict, now, title=title, expected=expected)
         said = run_script(script, verdict, of_the_check=check.name in TEMPLATES)
     except (SpecError, BadInput) as none:
-        kept = kept_of(verdict, known_of(check, adapter))
+        kept = kept_of(verdict, known_of(check, adapter), found.showing)
         if kept is None:
             raise
         click.echo(f"{none}\nInstead, the script of the known defect {kept.defect.id}:", err=True)

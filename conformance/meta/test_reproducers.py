@@ -20,7 +20,7 @@ from conformance.data import FIXTURES
 from conformance.fields import SpecError
 from conformance.history.releases import RELEASES
 from conformance.ledger import known, ledger
-from conformance.locate import Found
+from conformance.locate import Found, find
 from conformance.meta.test_cli import one_clear_line, recorded
 from conformance.records import Record, loads
 from conformance.reproduce import as_before, kept_of, script_of, smaller
@@ -258,6 +258,7 @@ ERRORED = Verdict(
         ("raise KeyError('gone')", FAILED, True, True),
         ("raise KeyError('gone')", FAILED, False, False),  # a crash is another disagreement
         ("raise KeyError('gone')", ERRORED, False, True),
+        ("raise KeyError('lost')", ERRORED, False, False),
         ("raise ValueError('gone')", ERRORED, False, False),
     ],
 )
@@ -282,6 +283,23 @@ def test_the_ledger_keeps_a_script_of_what_is_known_and_of_nothing_else() -> Non
     assert kept.script in {path.read_text(encoding="utf-8") for path in COMMITTED}
     news = replace(bad, gaps=(Gap("logits", "value", "off"), *bad.gaps))
     assert kept_of(news, known_here) is None
+
+
+@pytest.mark.skipif(not NEWEST, reason=f"they are of transformer_lens {RELEASES[-1]}")
+@pytest.mark.parametrize(
+    ("check", "defect"),
+    [("flags.copies", "attn-in-ignores-groups"), ("text.loss", "appended-end-stays")],
+)
+def test_the_defect_that_is_asked_for_goes_first(check: str, defect: str) -> None:
+    found = find(f"{FIXTURES}/known_defects.toml#{defect}/{check}")
+    bad = verdict_of(check, found.record.case, found)
+    known_here = known(check, upstream=True, release=None)
+    kept = kept_of(bad, known_here, found.showing)
+    assert kept is not None
+    assert kept.defect.id == defect
+    other = kept_of(bad, known_here)
+    assert other is not None
+    assert other.defect.id != defect  # which explains it as well
 
 
 def test_what_a_script_need_not_say_is_left_out() -> None:
@@ -359,6 +377,15 @@ def test_a_case_that_no_script_is_made_of_has_that_of_its_known_defect(tmp_path:
     assert output.read_text(encoding="utf-8") in {path.read_text("utf-8") for path in COMMITTED}
     defect = next(each for each in ledger() if each.id == name)
     assert output.with_suffix(".md").read_text("utf-8").startswith(f"# {defect.title}\n")
+
+
+@pytest.mark.skipif(not NEWEST, reason=f"they are of transformer_lens {RELEASES[-1]}")
+def test_a_plain_run_that_crashes_otherwise_is_not_what_the_check_found() -> None:
+    # Both raise a RuntimeError; the plain run's is about the score's scalar type, not the cache's.
+    place = f"{FIXTURES}/known_defects.toml#float32-after-rope/caches.handed_over"
+    result = CliRunner().invoke(cli.main, ["reproduce", place])
+    assert result.exit_code == 0, result.output
+    assert "Instead, the script of the known defect float32-after-rope:" in result.stderr
 
 
 @pytest.mark.skipif(not NEWEST, reason=f"they are of transformer_lens {RELEASES[-1]}")
