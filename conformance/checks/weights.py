@@ -44,8 +44,8 @@ def shaped_cases() -> SearchStrategy[Case]:
 
 
 def deep_cases() -> SearchStrategy[Case]:
-    """As `shaped_cases`, some with a dozen blocks: the last ones' numbers have two digits."""
-    layers = st.sampled_from((1, 1, 1, 1, 2, 2, 2, 3, 3, 12))
+    """As `shaped_cases`, some with eleven blocks: the last one has a number of two digits."""
+    layers = st.sampled_from((1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 11))
     return cases(models=model_specs(layers=layers).map(squared))
 
 
