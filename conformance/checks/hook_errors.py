@@ -138,7 +138,7 @@ class _Trial:
 NO_HOOK = "blocks.0.hook_nothing"
 FAILING = (
     *("within", "run_with_hooks", "nested", "run_with_cache", "incl_bwd", "inside"),
-    *("stopping", "starting"),
+    *("stopping", "starting", "stopping", "starting"),
 )
 REFUSED = ("unknown", "unknown_passing", "unknown_cached", "no_stream", "no_scalar")
 

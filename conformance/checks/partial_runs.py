@@ -67,11 +67,11 @@ class _Part:
 def _part(case: Case) -> _Part:
     """A part drawn from the case: all but the first blocks, all but the last, or fewer.
 
-    Of many blocks, it begins or ends among the last three. A stop_at_layer behind the last block is
+    Of many blocks, it begins or ends at the last. A stop_at_layer behind the last block is
     the known defect stop-at-last-layer of the bridge.
     """
     draw, blocks = case.run.token_seed, case.model.num_hidden_layers
-    few = min(blocks, 3)
+    few = blocks if blocks < 10 else 1
     stop: int | None = blocks - few + draw // 6 % few
     start: int | None = blocks - few + draw // 36 % few
     if draw % 3 == 0:

@@ -59,7 +59,7 @@ def _left_after(option: str, leave: Any) -> Any:
         def forward(self: Any, input: Any, *args: Any, **named: Any) -> Any:
             try:
                 return original(self, input, *args, **named)
-            except Exception:
+            except BaseException:
                 if named.get(option) is not None:
                     for block in self.blocks:
                         leave(block, named[option], input)
