@@ -36,11 +36,11 @@ def _view(tensor: torch.Tensor, site: Site, positions: Collection[int]) -> torch
 def _at(seen: Observation, owner: Mapping[str, Site], positions: Collection[int]) -> Observation:
     """What was seen, at some positions."""
     sites = {site.name: site for site in owner.values()}
-    cut = {
-        kind: {n: _view(t, sites[n], positions) for n, t in getattr(seen, kind).items()}
-        for kind in ("values", "gradients")
-    }
-    return replace(seen, **cut)
+
+    def cut(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: _view(each, sites[name], positions) for name, each in tensors.items()}
+
+    return replace(seen, values=cut(seen.values), gradients=cut(seen.gradients))
 
 
 def _asked(names: list[str], draw: Callable[[int], int]) -> tuple[Any, list[str]]:
