@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+_MASK = 4  # where attention_mask stands behind the input, in a call by position
 _WANTS_A_RECORD = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -22,7 +23,10 @@ class OlmoCalls(TransformerBridge):
         """Run the model on tokens, strings or embeddings ``[batch, pos, d_model]``."""
         embeddings = kwargs.get("inputs_embeds", input)
         if isinstance(embeddings, torch.Tensor) and embeddings.is_floating_point():
-            positions = _positions(kwargs.get("attention_mask"), embeddings.shape[-2])
+            mask = args[_MASK] if len(args) > _MASK else kwargs.get("attention_mask")
+            if mask is None:
+                mask = kwargs.get("one_zero_attention_mask")  # TransformerLens' older name
+            positions = _positions(mask, embeddings.shape[-2])
             if positions is not None:
                 kwargs.setdefault("position_ids", positions)
         return super().forward(input, *args, **kwargs)

@@ -21,7 +21,8 @@ class OlmoHookPoint(HookPoint):
     Backward hooks see, and may replace, the gradient of the tensor that the forward hooks left,
     each what the one before it returned. PyTorch's full backward hooks, on which TransformerLens
     builds, show all of them the same gradient, and take what the last one returns for that of the
-    tensor before the forward hooks, past the derivative of their edits.
+    tensor before the forward hooks, past the derivative of their edits. They get a copy too: the
+    gradient of what a block adds to the residual stream is, as an object, the stream's own.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -41,8 +42,11 @@ class OlmoHookPoint(HookPoint):
     ) -> RemovableHandle:
         """Call ``hook`` with the gradient of what leaves this point, before it flows on."""
 
-        def before(module: torch.nn.Module, gradient: Any) -> Any:
-            return hook(module, gradient, gradient)
+        def before(module: torch.nn.Module, gradients: Any) -> Any:
+            own = tuple(None if gradient is None else gradient.clone() for gradient in gradients)
+            returned = hook(module, own, own)
+            written = any(gradient is not None and gradient._version for gradient in own)
+            return own if returned is None and written else returned
 
         before.__name__ = getattr(hook, "__name__", repr(hook))
         return self.register_full_backward_pre_hook(before, prepend=prepend)

@@ -41,7 +41,8 @@ class OlmoTextBridge(TransformerBridge):
         **named: Any,
     ) -> Any:
         """Run the model, on texts too; see `TransformerBridge.forward`."""
-        if isinstance(input, list) and len(input) > 1 and attention_mask is None:
+        masked = attention_mask is not None or named.get("one_zero_attention_mask") is not None
+        if isinstance(input, list) and len(input) > 1 and not masked:
             tokens, mask = self._encode(input, prepend_bos, padding_side, truncate=True)
             input = tokens.to(self.cfg.device)
             # Where nothing is padded there is nothing to mask.

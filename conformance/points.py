@@ -35,7 +35,11 @@ def _value_hook(
 
 def _gradient_hook(recorder: Recorder, name: str) -> Callable[..., torch.Tensor | None]:
     def hook(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor | None:
-        return recorder.gradient(name, tensor.detach().clone())
+        new = recorder.gradient(name, tensor.detach().clone())
+        if new is None or name not in recorder.overwrites:
+            return new
+        tensor.copy_(new)
+        return tensor if recorder.overwrites[name] else None
 
     return hook
 

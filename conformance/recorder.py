@@ -47,11 +47,14 @@ class Recorder:
             checkpointing refuses to be asked for those of tensors.
         edits_gradients: Whether `gradient` may return another one.
         copying: Copy the values that a bridge shows. If not, see `overwritten`.
+        overwrites: Sites of a bridge whose gradient is edited where it lies, and whether the hook
+            that did so hands it back as well.
     """
 
     hooking = False
     edits_gradients = False
     copying = True
+    overwrites: Mapping[str, bool] = {}
 
     def begin(self, case: Case) -> None:
         """Forget the last run."""

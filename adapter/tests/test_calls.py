@@ -28,6 +28,14 @@ def test_embeddings_take_the_positions_of_their_tokens(mask: Any) -> None:
     assert same(kept, logits)
 
 
+def test_embeddings_find_their_mask_however_it_is_given() -> None:
+    reference, bridge = models.pair()
+    embeddings = reference.model.embed_tokens(TOKENS).detach()
+    expected = bridge(TOKENS, attention_mask=GAP)
+    assert same(bridge(embeddings, "logits", False, None, None, GAP), expected)
+    assert same(bridge(embeddings, one_zero_attention_mask=GAP), expected)
+
+
 def test_given_positions_are_kept() -> None:
     reference, bridge = models.pair()
     embeddings = reference.model.embed_tokens(TOKENS).detach()

@@ -52,9 +52,9 @@ def test_the_logits_are_the_caller_s_own() -> None:
     assert same(cache["unembed.hook_out"], kept)
 
 
-def gradients_of(bridge: Any, *hooks: Any, forward: Any = ()) -> Any:
+def gradients_of(bridge: Any, *hooks: Any, forward: Any = (), site: str = SITE) -> Any:
     bridge.zero_grad()
-    with bridge.hooks(fwd_hooks=list(forward), bwd_hooks=[(SITE, hook) for hook in hooks]):
+    with bridge.hooks(fwd_hooks=list(forward), bwd_hooks=[(site, hook) for hook in hooks]):
         models.backward(bridge(TOKENS))
     return [parameter.grad.clone() for parameter in bridge.original_model.parameters()]
 
@@ -79,6 +79,21 @@ def test_a_returned_gradient_flows_on_through_the_forward_edit() -> None:
     embedding, *_ = [name for name, _ in bridge.original_model.named_parameters()]
     assert "embed" in embedding
     assert same(both[0], plain[0] * 2)
+
+
+def half_written(gradient: Any, hook: Any) -> Any:
+    return gradient.mul_(0.5)
+
+
+@pytest.mark.parametrize("write", [half_in_place, half_written])
+@pytest.mark.parametrize("site", ["hook_attn_out", "hook_mlp_out", "attn.hook_q", "hook_resid_pre"])
+def test_a_gradient_written_to_in_place_changes_what_a_returned_one_does(
+    site: str, write: Any
+) -> None:
+    bridge = models.bridged(models.olmo(num_hidden_layers=2))
+    due = gradients_of(bridge, half, site=f"blocks.1.{site}")
+    got = gradients_of(bridge, write, site=f"blocks.1.{site}")
+    assert all(same(a, b) for a, b in zip(got, due, strict=True))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -31,7 +31,7 @@ from conformance.edits import edited
 from conformance.observe import observe, sites_of
 from conformance.recorder import Observation, Recorder
 from conformance.sites import Port, Site, fired_rows
-from conformance.spec import Case, Edit
+from conformance.spec import EDITS, Case, Edit
 from conformance.strategies import cases
 from conformance.subjects import at_work, bridged, reference
 
@@ -145,6 +145,9 @@ class _Editor(Recorder):
         """Sort the run's edits."""
         super().begin(case)
         self.gradient_edits = self.edits
+        self.overwrites = {
+            at: bool(edit.seed % 2) for at, edit in self.edits.items() if edit.kind == "in_place"
+        }
         scaled = case.run.token_seed % 3 != 1
         self.edits = {at: Edit(site=at) for at in self.edits if scaled}
 
@@ -156,17 +159,20 @@ class _Editor(Recorder):
 
 
 def gradient_edits() -> SearchStrategy[Case]:
-    """Cases with one or two edits of what has a gradient."""
+    """Cases with one or two edits of what has a gradient, often of one that is another's too."""
     rows = [site.name for site in fired_rows() if site.port not in (Port.COS, Port.SIN)]
     rows = [name for name in rows if not name.startswith(("rotary_emb", "embed.hook_in"))]
-    return cases(runs=partial(edited_runs, rows=rows))
+    # What is added to the residual stream has its gradient: the very tensor.
+    added = [f"blocks.{{i}}.{part}.hook_out" for part in ("attn.o", "attn", "mlp.out", "mlp")]
+    kinds = (*EDITS, *("in_place",) * (len(EDITS) - 2))
+    return cases(runs=partial(edited_runs, kinds=kinds, rows=rows + 3 * added))
 
 
 @check(
     "firing.returned_gradients",
-    "A gradient that a backward hook returns takes the place of the one that it was given: what "
-    "flows on, to every earlier site and every parameter, is what flows on from such a change on "
-    "the reference, also through an edit of the value there.",
+    "A gradient that a backward hook returns, or leaves in place of the one that it was given, "
+    "takes its place: what flows on, to every earlier site and every parameter, is what flows on "
+    "from such a change on the reference, also through an edit of the value there.",
     gradient_edits,
     examples=0.5,
 )

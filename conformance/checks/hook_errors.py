@@ -96,6 +96,20 @@ class _Trial:
         finally:
             handle.remove()
 
+    def stopping(self, direction: str) -> None:
+        """In a run that would have stopped before the last block."""
+        hooks = {f"{direction}_hooks": [("hook_embed", self.raising)]}
+        given = {**self.given, "stop_at_layer": len(self.bridge.blocks) - 1}
+        self.bridge.run_with_hooks(self.tokens, **hooks, **given).sum().backward()
+
+    def starting(self, direction: str) -> None:
+        """In a run that has started at the last block."""
+        last = len(self.bridge.blocks) - 1
+        stream = self.bridge.embed(self.tokens).detach().requires_grad_()
+        hooks = {f"{direction}_hooks": [(f"blocks.{last}.hook_resid_mid", self.raising)]}
+        given = {**self.given, "start_at_layer": last}
+        self.bridge.run_with_hooks(stream, **hooks, **given).sum().backward()
+
     def unknown(self, direction: str) -> None:
         """No fault, but a name that no hook has, behind one that is there."""
         pairs = {f"{direction}_hooks": [(self.site, self.bystander), (NO_HOOK, self.bystander)]}
@@ -122,7 +136,10 @@ class _Trial:
 
 
 NO_HOOK = "blocks.0.hook_nothing"
-FAILING = ("within", "run_with_hooks", "nested", "run_with_cache", "incl_bwd", "inside")
+FAILING = (
+    *("within", "run_with_hooks", "nested", "run_with_cache", "incl_bwd", "inside"),
+    *("stopping", "starting", "stopping", "starting"),
+)
 REFUSED = ("unknown", "unknown_passing", "unknown_cached", "no_stream", "no_scalar")
 
 

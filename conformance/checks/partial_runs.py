@@ -20,7 +20,13 @@ from conformance.checks.hooking import (
 )
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import in_one_forward
-from conformance.compare import Gap, compare_firing, compare_parameters, compare_tensors
+from conformance.compare import (
+    Gap,
+    bitwise,
+    compare_firing,
+    compare_parameters,
+    compare_tensors,
+)
 from conformance.inputs import derived_positions, inputs
 from conformance.observe import observe, options, sites_of, started
 from conformance.recorder import Observation
@@ -31,8 +37,8 @@ from conformance.tolerance import exactly
 
 
 def deep_cases() -> SearchStrategy[Case]:
-    """Cases with several blocks, mostly."""
-    return cases(models=model_specs(layers=st.sampled_from((1, 2, 3, 2, 3))))
+    """Cases with several blocks, mostly; of eleven, the last has a number of two digits."""
+    return cases(models=model_specs(layers=st.sampled_from((1, 2, 3, 2, 3, 2, 3, 2, 3, 11))))
 
 
 @dataclass(frozen=True)
@@ -61,11 +67,13 @@ class _Part:
 def _part(case: Case) -> _Part:
     """A part drawn from the case: all but the first blocks, all but the last, or fewer.
 
-    A stop_at_layer behind the last block is the known defect stop-at-last-layer of the bridge.
+    Of many blocks, it begins or ends at the last. A stop_at_layer behind the last block is
+    the known defect stop-at-last-layer of the bridge.
     """
     draw, blocks = case.run.token_seed, case.model.num_hidden_layers
-    stop: int | None = draw // 6 % blocks
-    start: int | None = draw // 36 % blocks
+    few = blocks if blocks < 10 else 1
+    stop: int | None = blocks - few + draw // 6 % few
+    start: int | None = blocks - few + draw // 36 % few
     if draw % 3 == 0:
         start = None
     elif draw % 3 == 1:
@@ -162,6 +170,8 @@ def layers(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield from compare_firing(due, fired)
         seen = {name: tensors[0] for name, tensors in log.tensors.items() if tensors}
     yield from changes(before, attached(subject), f"after {part.named}")
+    if part.start is not None:
+        yield from bitwise("start, afterwards", streams[part.start].detach(), entry.detach())
     gap = compare_tensors("output", end.detach(), output.detach(), exactly(end.dtype))
     yield from [gap] if gap else []
     owner = {name: site for site in every.values() for name in (site.name, *site.aliases)}

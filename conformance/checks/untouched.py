@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import ModuleType
+from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformers.activations import ACT2FN
+from transformers.models.olmo import modeling_olmo
 
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import drawing, has_exact
@@ -20,10 +26,49 @@ from conformance.strategies import cases
 from conformance.subjects import at_work, hf_model, make_adapter
 
 _IMPLEMENTATION = ("_attn_implementation", "attn_implementation")  # that one is asked to change
+# Whose code may run in Hugging Face's OLMo.
+_HOMES = tuple(str(Path(package.__file__ or "").parent) for package in (torch, transformers))
+_ACTIVATIONS = {name: dict.get(ACT2FN, name) for name in ACT2FN}  # before any adapter is made
 
 
 def _look(module: nn.Module, *_: object) -> None:
     """A hook of a user."""
+
+
+def _process() -> dict[str, object]:
+    """What all models of a process share."""
+    return {
+        "PyTorch's random state": torch.get_rng_state().tolist(),
+        "PyTorch's default dtype": torch.get_default_dtype(),
+        "whether gradients are on": torch.is_grad_enabled(),
+        "whether PyTorch detects anomalies": torch.is_anomaly_enabled(),
+        "whether PyTorch is deterministic": torch.are_deterministic_algorithms_enabled(),
+        "PyTorch's precision of products": torch.get_float32_matmul_precision(),
+        "PyTorch's threads": torch.get_num_threads(),
+        "filters of warnings": list(warnings.filters),
+    }
+
+
+def _foreign() -> Iterator[Gap]:
+    """What of Hugging Face's OLMo is somebody else's code.
+
+    Asked for where the code is, and not whether it has changed since: a patch of the library is
+    there from the first bridge of a process on, and the reference runs it too.
+    """
+    classes = [each for each in vars(modeling_olmo).values() if inspect.isclass(each)]
+    own = [each for each in classes if each.__module__ == modeling_olmo.__name__]
+    owners: list[Any] = [modeling_olmo, *own]
+    for owner in owners:
+        for name, found in vars(owner).items():
+            held = getattr(found, "__func__", found)  # of a class or static method
+            if not isinstance(held, FunctionType):
+                continue
+            if not held.__code__.co_filename.startswith(_HOMES):
+                told = f"is a function of {held.__code__.co_filename}"
+                yield Gap(f"{owner.__name__}.{name}", "contract", told)
+    for name, activation in _ACTIVATIONS.items():
+        if dict.get(ACT2FN, name) is not activation:
+            yield Gap(f"ACT2FN[{name}]", "contract", f"is {dict.get(ACT2FN, name)!r}")
 
 
 @dataclass(frozen=True)
@@ -56,9 +101,7 @@ class _Model:
             **{f"config.{name}": value for name, value in told.items()},
             **{f"generation_config.{n}": repr(v) for n, v in generation.items()},
             "hooks of the user": [sum(h is _look for h in each.values()) for each in hooks],
-            "PyTorch's random state": torch.get_rng_state().tolist(),
-            "PyTorch's default dtype": torch.get_default_dtype(),
-            "whether gradients are on": torch.is_grad_enabled(),
+            **_process(),
         }
 
 
@@ -84,7 +127,8 @@ def _with_a_past(case: Case) -> _Model:
     "surface.untouched",
     "prepare_model in either mode, a bridge that is built, by the package's bridge() too, and "
     "setup_component_testing leave a model's mode, what of it is trained, its gradients, "
-    "configurations and hooks, and PyTorch's random state, as they were.",
+    "configurations and hooks, PyTorch's random state and settings, the filters of warnings, and "
+    "transformers' own code, as they were.",
     cases,
     examples=0.25,
 )
@@ -121,6 +165,7 @@ def untouched(adapter: Adapter, case: Case) -> Iterator[Gap]:
             if after.get(thing) != was:
                 told = f"{after.get(thing)!r:.60} instead of {was!r:.60}"
                 yield Gap(thing, "contract", f"after {name}: {told}")
+    yield from _foreign()
     if built[0].training != model.whole.training:
         told = f"begins in the mode training={built[0].training}, and its model was not in that"
         yield Gap("TransformerBridge(...).training", "contract", told)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import nn
 from transformer_lens.model_bridge import TransformerBridge
@@ -40,6 +41,12 @@ def squared(model: ModelSpec) -> ModelSpec:
 def shaped_cases() -> SearchStrategy[Case]:
     """Cases of every head geometry, most of them with a square matrix or two."""
     return cases(models=model_specs().map(squared))
+
+
+def deep_cases() -> SearchStrategy[Case]:
+    """As `shaped_cases`, some with eleven blocks: the last one has a number of two digits."""
+    layers = st.sampled_from((1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 11))
+    return cases(models=model_specs(layers=layers).map(squared))
 
 
 def read(bridge: TransformerBridge, model: ModelSpec) -> dict[str, Any]:
@@ -106,7 +113,7 @@ def _accumulated(found: dict[str, torch.Tensor | None], layers: int) -> torch.Te
     "weights.accessors",
     "Every weight accessor, of a component and of the whole bridge, in tl_parameters and in the "
     "sums made of them, is Hugging Face's tensor rearranged, for every geometry, square ones too.",
-    shaped_cases,
+    deep_cases,
     examples=0.5,
 )
 def read_right(adapter: Adapter, case: Case) -> Iterator[Gap]:

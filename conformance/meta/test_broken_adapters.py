@@ -6,6 +6,9 @@ import re
 from typing import Any
 
 import pytest
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.models.olmo import modeling_olmo
 
 from adapter import OlmoArchitectureAdapter
 from conformance.checks import REGISTRY, Check, judge
@@ -66,3 +69,24 @@ def test_a_broken_constructor_is_errored_by_every_check(check: Check) -> None:
 )
 def test_the_reason_says_what_is_broken(broken: Any, reason: str) -> None:
     assert re.match(reason, reason_of(REGISTRY["forward.logits"], broken))
+
+
+def test_a_patched_library_is_noticed_though_the_reference_runs_it_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def forward(self: Any, x: Any) -> Any:
+        return self.down_proj(self.act_fn(self.gate_proj(x)))
+
+    monkeypatch.setattr(modeling_olmo.OlmoMLP, "forward", forward)
+    monkeypatch.setattr(modeling_olmo, "repeat_kv", lambda x, times: x.repeat(1, times, 1, 1))
+    monkeypatch.setitem(ACT2FN, "relu", nn.SiLU)
+    assert (
+        judge(REGISTRY["hooks.values"], OlmoArchitectureAdapter, Case()).outcome is Outcome.PASSED
+    )
+    verdict = judge(REGISTRY["surface.untouched"], OlmoArchitectureAdapter, Case())
+    module = modeling_olmo.__name__
+    assert {gap.site for gap in verdict.gaps} == {
+        "OlmoMLP.forward",
+        f"{module}.repeat_kv",
+        "ACT2FN[relu]",
+    }

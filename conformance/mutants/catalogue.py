@@ -56,6 +56,8 @@ CRASHES = {
     "attention.upstream",
     "cache.expected",
     "clamp.in_place",
+    "deep.still_starts",
+    "deep.still_stops",
     "machine.not_pickled_again",
     "machine.shared_by_copies",
     "patch.no_clone",

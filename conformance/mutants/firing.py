@@ -132,6 +132,41 @@ for name, breaks, trigger, killer in (
         lambda original: HookPoint.register_full_backward_hook,
     )
 
+
+@mutant(
+    "firing.very_gradient",
+    "an edit in place of what a block adds to the residual stream",
+    "firing.returned_gradients",
+    OlmoHookPoint,
+    "register_full_backward_hook",
+)
+def very_gradient(original: Any) -> Any:
+    """Backward hooks get the very tensor that flows on, also past them."""
+
+    def register(self: Any, hook: Any, prepend: bool = False) -> RemovableHandle:
+        handle: RemovableHandle = self.register_full_backward_pre_hook(
+            lambda module, gradient: hook(module, gradient, gradient), prepend=prepend
+        )
+        return handle
+
+    return register
+
+
+def _deaf(hook: Any, module: Any, name: str, gradient: torch.Tensor) -> Any:
+    own = (gradient.clone(),)
+    return hook(module, own, own)
+
+
+add(
+    "firing.written_lost",
+    "a gradient that a backward hook has written to and not returned stays what it was",
+    "an edit in place",
+    "firing.returned_gradients",
+    OlmoHookPoint,
+    "register_full_backward_hook",
+    _backward(_deaf),
+)
+
 add(
     "recompute.forgotten",
     "a recomputed block has the hooks of the day, and not those of its forward",

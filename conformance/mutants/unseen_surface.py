@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -110,6 +111,12 @@ for name, breaks, trigger, owner_method, act in (
 def thaws(bridge: Any) -> None:
     """Building a bridge thaws what was frozen."""
     bridge.original_model.requires_grad_(True)
+
+
+@bridge_mutant("surface.silences", "any", "surface.untouched")
+def silences(bridge: Any) -> None:
+    """A bridge that is built turns off the warnings of users."""
+    warnings.simplefilter("ignore", UserWarning)
 
 
 @bridge_mutant("surface.unhooks", "a hook of the user", "surface.untouched")

@@ -1,4 +1,4 @@
-from conformance.checks import calls
+from conformance.checks import calls, spelled
 from conformance.suite.properties import as_test
 
 test_embeddings = as_test(calls.embeddings)
@@ -6,3 +6,4 @@ test_masks = as_test(calls.masks)
 test_tokens = as_test(calls.tokens)
 test_sdpa = as_test(calls.sdpa)
 test_sdpa_reference = as_test(calls.sdpa_reference)
+test_spelled = as_test(spelled.spelled)
