@@ -79,19 +79,24 @@ def case_of(body: object, where: str = "case") -> Case:
 
 def sparse(case: Case) -> dict[str, Any]:
     """A case as JSON has it, but only what differs from the defaults; `case_of` reads it."""
+    return _differing(case)
 
-    def differing(spec: object, default: object) -> dict[str, Any]:
-        names = [item.name for item in dataclasses.fields(spec)]  # type: ignore[arg-type]
-        values = {name: (getattr(spec, name), getattr(default, name)) for name in names}
-        return {name: value for name, (value, usual) in values.items() if value != usual}
 
-    model, run = differing(case.model, ModelSpec()), differing(case.run, RunSpec())
-    if case.run.edits:
-        run["edits"] = [
-            {"site": edit.site, **differing(edit, Edit(site=edit.site))} for edit in case.run.edits
-        ]
-    body = {"model": model, "run": run, "tokens": [list(row) for row in case.tokens]}
-    return {name: part for name, part in body.items() if part}
+def _differing(spec: Any) -> dict[str, Any]:
+    """The fields of a spec that have no default, or another value than it."""
+    found = {}
+    for item in dataclasses.fields(spec):
+        made = item.default_factory
+        usual = item.default if made is dataclasses.MISSING else made()
+        if (value := getattr(spec, item.name)) != usual:
+            found[item.name] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return _differing(value) if dataclasses.is_dataclass(value) else value
 
 
 def loads(text: str, source: str = "case") -> Record:

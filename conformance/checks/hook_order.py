@@ -142,7 +142,8 @@ def contexts(adapter: Adapter, case: Case) -> Iterator[Gap]:
         bridge.run_with_cache(tokens, names_filter=names[-1], **named)
         points[site].remove_hooks()
 
-    clear = (bridge.reset_hooks, bridge.clear_contexts)[case.run.token_seed % 2]
+    with at_work("clear_contexts"):
+        clear = (bridge.reset_hooks, bridge.clear_contexts)[case.run.token_seed % 2]
     for call in (within, passing, caching):
         points[other].ctx["calls"] = 7
         steps: list[tuple[str, Callable[[], object], object]] = [

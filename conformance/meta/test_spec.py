@@ -13,8 +13,8 @@ from subprocess import run
 import pytest
 
 from conformance.fields import SpecError
-from conformance.records import FORMAT_VERSION, Record, load, loads
-from conformance.spec import MAX_SEED, Case, Edit, ModelSpec, RunSpec, Step
+from conformance.records import FORMAT_VERSION, Record, case_of, load, loads, sparse
+from conformance.spec import MAX_SEED, Case, Edit, ModelSpec, Rerun, RunSpec, Step
 
 NAN, INF = float("nan"), float("inf")
 
@@ -394,3 +394,19 @@ def test_needs_no_torch(module: str) -> None:
     """A case file can be read, and a case be drawn, at once."""
     code = f"import sys, conformance.{module}; sys.exit('torch' in sys.modules)"
     assert run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case(run=RunSpec(seq_len=2, flags=("use_attn_in",)), tokens=((1, 2),)),
+        Case(run=RunSpec(edits=(Edit(site="embed.hook_out", kind="zero", seed=3),))),
+        Case(run=RunSpec(steps=(Step(kind="forward"), Step(kind="cast", dtype="float16")))),
+        Case(reruns=(Rerun(), Rerun(weight_seed=7, run=RunSpec(use_cache=True)))),
+    ],
+)
+def test_a_sparse_case_has_only_what_differs_and_is_the_same_case(case: Case) -> None:
+    body = json.loads(json.dumps(sparse(case)))
+    assert case_of(body) == case
+    assert ("model" in body, "reruns" in body) == (False, bool(case.reruns))
