@@ -108,7 +108,9 @@ def test_a_recomputed_block_has_the_hooks_of_its_forward(site: str, reentrant: b
         if reentrant:  # PyTorch's reentrant checkpoint needs an input that has a gradient
             bridge.original_model.enable_input_require_grads()
         logits = bridge.run_with_hooks(TOKENS, fwd_hooks=[(site, half)])
-        late = bridge.hook_dict[site].add_hook(lambda tensor, hook: tensor * 0)
+        point = bridge.hook_dict[site]
+        point.add_hook(lambda tensor, hook: tensor * 0)
+        late = point.fwd_hooks[-1]  # add_hook returns it, but not before transformer_lens 4.3
         models.backward(logits)
         late.hook.remove()
         assert not bridge.hook_dict[site]._forward_hooks
@@ -122,7 +124,8 @@ def test_a_hook_may_remove_another_while_a_checkpointed_block_runs() -> None:
     bridge.train()
     fired = []
     later = bridge.hook_dict["blocks.0.mlp.hook_out"]
-    handle = later.add_hook(lambda tensor, hook: fired.append(hook.name))
+    later.add_hook(lambda tensor, hook: fired.append(hook.name))
+    handle = later.fwd_hooks[-1]
     bridge.add_hook("blocks.0.attn.hook_z", lambda tensor, hook: handle.hook.remove())
     bridge(TOKENS)
     assert fired == []
