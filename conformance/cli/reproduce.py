@@ -7,6 +7,7 @@ import traceback
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 import click
 
@@ -22,10 +23,15 @@ _SHOWN = "a disagreement"
 
 
 def _ended(script: str) -> tuple[str, str]:
-    """How a script ends, with `_SHOWN`, an exception or nothing, and what it says."""
+    """How a script ends, with `_SHOWN`, an exception or nothing, and what it says.
+
+    A script may spy in Hugging Face's own module: that is put back.
+    """
+    from transformers.models.olmo import modeling_olmo
+
     said = io.StringIO()
     try:
-        with redirect_stdout(said):
+        with redirect_stdout(said), patch.dict(vars(modeling_olmo)):
             exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
     except SystemExit as end:
         return _SHOWN if end.code else "", said.getvalue()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from transformers.models.olmo import modeling_olmo
 
 from conformance import cli
 from conformance.checks import REGISTRY, judge
@@ -271,6 +272,13 @@ def test_a_script_must_show_what_the_case_does(
     else:
         with pytest.raises(BadInput, match=r"^patch\.life: the script that was made does not show"):
             run_script(script, verdict, of_the_check=of_the_check)
+
+
+def test_what_a_script_spies_in_is_put_back() -> None:
+    eager = modeling_olmo.eager_attention_forward
+    spies = "from transformers.models.olmo import modeling_olmo as m; m.eager_attention_forward = 0"
+    run_script(f"{spies}; raise SystemExit(1)", FAILED, of_the_check=True)
+    assert modeling_olmo.eager_attention_forward is eager
 
 
 def test_the_ledger_keeps_a_script_of_what_is_known_and_of_nothing_else() -> None:
