@@ -132,15 +132,11 @@ def _fill(parameters: Mapping[str, nn.Parameter], model: ModelSpec) -> None:
     They are scaled in float32 at least: a float64 model's weights are no float32 numbers.
     """
     generator = torch.Generator().manual_seed(model.weight_seed)
-    drawn = [
-        torch.randn(each.shape, generator=generator, dtype=torch.float32).to(
-            torch.promote_types(each.dtype, torch.float32)
-        )
-        for each in parameters.values()
-    ]
     with torch.no_grad():
-        torch._foreach_mul_(drawn, model.weight_scale)
-        torch._foreach_copy_(list(parameters.values()), drawn)
+        for parameter in parameters.values():
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            parameter.copy_(drawn.to(wide).mul_(model.weight_scale))
 
 
 def redraw(subjects: Iterable[Subject], model: ModelSpec) -> None:
