@@ -298,7 +298,8 @@ def judge_model(
     with at_work("building the bridge"):
         made.prepare_model(model)
         bridge = TransformerBridge(model, made, None)
-        bridge.eval()
+        if bridge.training:  # before 4.0 it is not in its model's mode
+            bridge.eval()
     derived = {name for name, site in sites.items() if site.derived}
     compared = _Comparison("bridged", witness, sites, report)
     with at_work("running the bridge"):

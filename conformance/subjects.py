@@ -281,6 +281,7 @@ def bridged(
 
             tokenizer = configure_tokenizer(tokenizer, made.cfg)
         bridge = TransformerBridge(built, made, tokenizer)
-        bridge.eval()
+        if bridge.training:  # before 4.0 it is not in its model's mode
+            bridge.eval()
     declared = tuple(getattr(adapter, "optional_hooks", ()))
     return Subject(built, parameters, bridge=bridge, optional_hooks=declared)
