@@ -109,11 +109,39 @@ def output_attentions(adapter: Adapter, case: Case) -> Iterator[Gap]:
     yield from bitwise(f"attentions[{block}], edited", due, edited[block].detach())
 
 
-def _gradients_of(
-    subject: Subject, attentions: list[torch.Tensor]
-) -> dict[str, torch.Tensor | None]:
-    """What an equal sum of all patterns but their first keys sends to each parameter."""
-    total = sum(pattern[..., 1:].sum() for pattern in attentions)
+@check(
+    "alive.hidden_states",
+    "output_hidden_states=True returns the residual stream before every block and the last one's "
+    "after ln_final, Hugging Face's own, gradient and all.",
+    cases,
+    examples=0.1,
+)
+def hidden_states(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Asked of the wrapped model, like the attentions."""
+    case = in_one_forward(case)
+    truth, subject = reference(case.model), bridged(case.model, adapter, prepared=case.run.prepared)
+    given = {**arguments(truth, case), "output_hidden_states": True}
+
+    def stream(asked: Subject) -> list[torch.Tensor]:
+        with started(asked, case), blaming(asked, "output_hidden_states=True"):
+            return list(asked.model(**given).hidden_states or ())
+
+    expected, actual = stream(truth), stream(subject)
+    if len(actual) != len(expected):
+        yield Gap("hidden_states", "count", f"{len(actual)} instead of {len(expected)}")
+        return
+    for at, (due, got) in enumerate(zip(expected, actual, strict=True)):
+        yield from bitwise(f"hidden_states[{at}]", due.detach(), got.detach())
+    due_gradients = _gradients_of(truth, expected)
+    with at_work("a gradient of output_hidden_states=True"):
+        got_gradients = _gradients_of(subject, actual)
+    for gap in exact_gaps(due_gradients, got_gradients):
+        yield replace(gap, site=f"gradient of the hidden states: {gap.site}", kind="gradient")
+
+
+def _gradients_of(subject: Subject, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor | None]:
+    """What an equal sum of all tensors but their first columns sends to each parameter."""
+    total = sum(tensor[..., 1:].sum() for tensor in tensors)
     names = list(subject.parameters)
     asked = list(subject.parameters.values())
     if not isinstance(total, torch.Tensor) or not total.requires_grad:

@@ -1,0 +1,137 @@
+"""The ways to get hold of a hook point: by any of its names, or of the component it is part of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from transformer_lens.hook_points import HookPoint
+
+from conformance.checks.hooking import attached, changes, settle
+from conformance.checks.registry import Adapter, check
+from conformance.checks.support import bridge_of, drawing, in_one_forward
+from conformance.compare import Gap, compare_tensors
+from conformance.observe import observe, sites_of
+from conformance.spec import Case
+from conformance.strategies import cases
+from conformance.subjects import Subject, at_work, bridged, reference
+from conformance.tolerance import of_value
+
+UNKNOWN = ("blocks.0.hook_nothing", "blocks.99.hook_in", "hook_", "blocks", "cfg")
+
+
+def _attribute(bridge: Any, name: str) -> Any:
+    """What the dotted path of a name leads to, or None."""
+    found = bridge
+    for part in name.split("."):
+        found = found[int(part)] if part.isdigit() else getattr(found, part, None)
+    return found
+
+
+@check(
+    "hook_api.lookup",
+    "hook_dict, mod_dict, get_hook_point, hook_points() and the path of attributes lead from each "
+    "name and alias to one hook point, and from an unknown name to none.",
+    cases,
+    examples=0.1,
+)
+def lookup(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Every name of every site of one bridge."""
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    bridge = bridge_of(subject)
+    with at_work("looking hook points up"):
+        by_name, modules = bridge.hook_dict, bridge.mod_dict
+        listed = {id(point) for point in bridge.hook_points()}
+        strangers = [name for name in UNKNOWN if bridge.get_hook_point(name) is not None]
+        ways: dict[str, Callable[[str], Any]] = {
+            "get_hook_point": bridge.get_hook_point,
+            "mod_dict": modules.get,
+            "the path of attributes": lambda name: _attribute(bridge, name),
+        }
+        for site in sites_of(subject, case).values():
+            point = by_name.get(site.name)
+            if not isinstance(point, HookPoint) or id(point) not in listed:
+                yield Gap(site.name, "missing", "from hook_dict or hook_points()")
+                continue
+            if by_name.get(str(point.name)) is not point:
+                yield Gap(site.name, "contract", f"calls itself {point.name}")
+            for name in (site.name, *site.aliases):
+                if by_name.get(name) is not point:
+                    yield Gap(name, "contract", "another hook point in hook_dict")
+                for way, look in ways.items():
+                    if look(name) is not point:
+                        yield Gap(name, "contract", f"another hook point by {way}")
+    if listed != {id(point) for point in by_name.values()}:
+        yield Gap("hook_points()", "contract", "is not all of hook_dict")
+    for name in strangers:
+        yield Gap(name, "extra", "get_hook_point knows it")
+
+
+def _components(subject: Subject) -> dict[str, tuple[Any, str, str]]:
+    """Components with an input and an output of their own: by name, with their sites."""
+    bridge, last = bridge_of(subject), subject.model.config.num_hidden_layers - 1
+    block = f"blocks.{last}"
+    paths = ("ln_final", "unembed", block, *(f"{block}.{at}" for at in ("attn", "ln1", "mlp.in")))
+    return {
+        path: (_attribute(bridge, path), f"{path}.hook_in", f"{path}.hook_out") for path in paths
+    }
+
+
+@check(
+    "hook_api.components",
+    "A component's add_hook puts a hook on its output or its input, its remove_hooks takes off "
+    "those of the one, the other or both, and nothing else; another name is refused.",
+    cases,
+    examples=0.1,
+)
+def components(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """One component: hooks on both ends, then none on one, then none."""
+    case, draw = in_one_forward(case), drawing(case)
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    sites = sites_of(subject, case)
+    expected = observe(reference(case.model), case, sites=sites, backward=False)
+    every = _components(subject)
+    path = list(every)[draw(len(every))]
+    component, *ends = every[path]
+    seen: list[tuple[str, torch.Tensor]] = []
+
+    def keep(tensor: torch.Tensor, hook: HookPoint) -> None:
+        seen.append((str(hook.name), tensor.detach().clone()))
+
+    settle(subject, case)
+    before = attached(subject)
+    with at_work(f"{path}.add_hook"):
+        component.add_hook(keep, "input")
+        component.add_hook(keep, *(("output",) if draw(2) else ()))
+    first, other = (("input", ends), ("output", ends[::-1]))[draw(2)]
+
+    def fired(due: list[str], when: str) -> Iterator[Gap]:
+        seen.clear()
+        observe(subject, case, backward=False)
+        if [name for name, _ in seen] != due:
+            told = ", ".join(name for name, _ in seen)
+            yield Gap(path, "contract", f"{when}: {told or 'nothing'} instead of {', '.join(due)}")
+        for name, tensor in seen:
+            if name in sites:
+                allowance = of_value(sites[name], name, expected.values)
+                gap = compare_tensors(f"{name} {when}", expected.values[name], tensor, allowance)
+                yield from [gap] if gap else []
+
+    yield from fired(ends, "after add_hook")
+    with at_work(f"{path}.remove_hooks"):
+        component.remove_hooks(first)
+    yield from fired(other[1:], f"after remove_hooks({first!r})")
+    for ask in (partial(component.add_hook, keep), component.remove_hooks):
+        try:
+            ask("scale")
+        except ValueError as error:
+            if "scale" not in str(error):
+                yield Gap(path, "contract", f"the refusal does not name it: {error}")
+        else:
+            yield Gap(path, "contract", "a name that it has not is accepted")
+    with at_work(f"{path}.remove_hooks"):
+        component.remove_hooks()
+    yield from fired([], "after remove_hooks()")
+    yield from changes(before, attached(subject), "afterwards")
