@@ -1,4 +1,4 @@
-from conformance.checks import interventions
+from conformance.checks import batchless, interventions
 from conformance.suite.properties import as_test
 
 test_returned = as_test(interventions.returned)
@@ -6,3 +6,4 @@ test_patching = as_test(interventions.patching)
 test_in_place = as_test(interventions.in_place)
 test_clipped = as_test(interventions.clipped)
 test_layouts = as_test(interventions.layouts)
+test_batchless = as_test(batchless.batchless)

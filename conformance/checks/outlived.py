@@ -1,0 +1,65 @@
+"""What a run leaves behind in memory: nothing."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from conformance.checks.hooking import settle
+from conformance.checks.registry import Adapter, check
+from conformance.checks.support import bridge_of, in_one_forward, sites_to_hook
+from conformance.compare import Gap
+from conformance.inputs import Inputs, inputs
+from conformance.observe import observe, options, started
+from conformance.spec import Case
+from conformance.strategies import cases
+from conformance.subjects import Subject, at_work, bridged
+
+
+def _alive() -> list[torch.Tensor]:
+    """Every tensor that there is, but for those that the collector was told to leave alone."""
+    gc.collect()
+    return [each for each in gc.get_objects() if type(each) in (torch.Tensor, nn.Parameter)]
+
+
+def _use(subject: Subject, case: Case, data: Inputs) -> None:
+    """Run a bridge in many ways, with hooks that look on, and drop what comes of it."""
+    bridge: Any = bridge_of(subject)
+    observe(subject, case, sites=sites_to_hook(subject, case), data=data)
+    given = {"return_type": "logits", **options(subject, case)}
+    with at_work("forwards of every kind"), started(subject, case):
+        bridge(data.tokens, **given).sum().backward()
+        bridge.run_with_cache(data.tokens, **given)
+        bridge.run_with_cache(data.tokens, **{**given, "return_type": "loss"}, incl_bwd=True)
+        bridge.run_with_hooks(
+            data.tokens, fwd_hooks=[("hook_embed", lambda tensor, hook: tensor)], **given
+        )
+        bridge.generate(data.tokens[:1, :1], max_new_tokens=1, stop_at_eos=False, verbose=False)
+
+
+@check(
+    "surface.nothing_kept",
+    "Nothing is left alive of the tensors of forwards, backwards, cached, hooked and generating "
+    "runs when what they returned is gone.",
+    cases,
+    examples=0.07,
+)
+def nothing_kept(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """A census of all tensors before and after."""
+    case = in_one_forward(case, training=False, padding="none")
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    data = inputs(case)
+    settle(subject, case)
+    before = _alive()
+    known = {id(each) for each in before}
+    _use(subject, case, data)
+    for parameter in subject.parameters.values():
+        parameter.grad = None
+    for left in _alive():
+        if id(left) not in known:
+            told = f"a tensor of shape {list(left.shape)} is alive when its run is over"
+            yield Gap("memory", "extra", told)
