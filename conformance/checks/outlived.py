@@ -34,7 +34,8 @@ def _use(subject: Subject, case: Case, data: Inputs) -> None:
     with at_work("forwards of every kind"), started(subject, case):
         bridge(data.tokens, **given).sum().backward()
         bridge.run_with_cache(data.tokens, **given)
-        bridge.run_with_cache(data.tokens, **{**given, "return_type": "loss"}, incl_bwd=True)
+        picked = {"names_filter": "blocks.0.hook_in", "return_type": "loss"}
+        bridge.run_with_cache(data.tokens, **{**given, **picked}, incl_bwd=True)
         bridge.run_with_hooks(
             data.tokens, fwd_hooks=[("hook_embed", lambda tensor, hook: tensor)], **given
         )
