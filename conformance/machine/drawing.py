@@ -32,9 +32,10 @@ KINDS = (
     *("optimize", "zero_grad", "output_attentions", "generate"),
     *("add_hook",) * 3,
     *("add_permanent_hook", "remove_hooks", "reset_hooks", "reset_all_hooks"),
+    *("add_permanent_hook", "reset_hooks"),
     *("flag",) * 3,
-    *("train",) * 2,
-    *("eval", "cast", "cast", "load", "load", "freeze", "freeze", "thaw"),
+    *("train", "eval") * 2,
+    *("cast", "cast", "load", "load", "freeze", "freeze", "thaw"),
     *("deepcopy", "deepcopy", "pickle", "prepare", "unpatch"),
     *("compatibility",) * 4,
 )
