@@ -8,7 +8,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
 from adapter.compatibility import OlmoTransformerBridge
-from conformance.mutants.catalogue import add, bridge_mutant, mutant
+from conformance.mutants.catalogue import Make, add, bridge_mutant, mutant
 
 
 @mutant("lookup.alias_elsewhere", "any", "hook_api.lookup", OlmoTransformerBridge, "get_hook_point")
@@ -58,30 +58,39 @@ def attribute(bridge: Any) -> None:
         object.__setattr__(block, "hook_resid_mid", HookPoint())  # type: ignore[no-untyped-call]
 
 
-def _output_only(original: Any) -> Any:
-    return lambda self, hook_fn, hook_name="output": original(self, hook_fn)
+def _every_component(bridge: Any, method: str, make: Make) -> None:
+    """Replace a method of every component of a bridge."""
+    for component in bridge.modules():
+        if isinstance(component, GeneralizedComponent):
+            broken = make(getattr(component, method))
+            object.__setattr__(component, method, broken)
 
 
-def _both_ends(original: Any) -> Any:
-    return lambda self, hook_name=None: original(self)
+@bridge_mutant("lookup.output_only", "a hook on an input", "hook_api.components")
+def output_only(bridge: Any) -> None:
+    """add_hook takes the input for the output."""
+    _every_component(bridge, "add_hook", lambda add_hook: lambda fn, name="output": add_hook(fn))
 
 
-def _one_end(original: Any) -> Any:
-    return lambda self, hook_name=None: original(self, hook_name or "output")
+@bridge_mutant("lookup.both_ends", "hooks on both ends", "hook_api.components")
+def both_ends(bridge: Any) -> None:
+    """remove_hooks of one end takes off those of both."""
+    _every_component(bridge, "remove_hooks", lambda remove: lambda name=None: remove())
 
 
-def _any_end(original: Any) -> Any:
-    def remove(self: Any, hook_name: str | None = None) -> None:
-        if hook_name in (None, "input", "output"):
-            original(self, hook_name)
+@bridge_mutant("lookup.one_end", "a hook on an input", "hook_api.components")
+def one_end(bridge: Any) -> None:
+    """remove_hooks() takes off those of the output only."""
+    _every_component(
+        bridge, "remove_hooks", lambda remove: lambda name=None: remove(name or "output")
+    )
 
-    return remove
 
+@bridge_mutant("lookup.any_end", "any", "hook_api.components")
+def any_end(bridge: Any) -> None:
+    """remove_hooks accepts a name that there is not."""
 
-for name, breaks, method, make in (
-    ("output_only", "add_hook takes the input for the output", "add_hook", _output_only),
-    ("both_ends", "remove_hooks of one end takes off those of both", "remove_hooks", _both_ends),
-    ("one_end", "remove_hooks() takes off those of the output only", "remove_hooks", _one_end),
-    ("any_end", "remove_hooks accepts a name that there is not", "remove_hooks", _any_end),
-):
-    add(f"lookup.{name}", breaks, "any", "hook_api.components", GeneralizedComponent, method, make)
+    def make(remove: Any) -> Any:
+        return lambda name=None: remove(name) if name in (None, "input", "output") else None
+
+    _every_component(bridge, "remove_hooks", make)
