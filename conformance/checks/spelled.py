@@ -67,7 +67,7 @@ def _ways(
     "run_with_hooks and run_with_cache, on tokens and on embeddings, means what it means by name; "
     "loss_fn is the loss of a forward, and a mask of every query that of its tokens.",
     masked_cases,
-    examples=0.2,
+    examples=0.3,
 )
 def spelled(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """One return_type, by all the ways, on tokens or on their embeddings."""
