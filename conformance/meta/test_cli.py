@@ -126,6 +126,10 @@ GAPS = (
     Gap("blocks.10.attn.hook_attn_scores", "value", "[/red] 1 of 2 differ", float("inf"), (0, 1)),
     Gap("logits", "value", "2 of 2 differ", 0.5, (0, 0)),
 )
+FIVE = (
+    *("forward.logits", "forward.loss", "forward.patched", "forward.patched_exact"),
+    "forward.patch_warning",
+)
 PASSED = Verdict("forward.logits", OURS, Outcome.PASSED, CASE, examples=3, seconds=1.25)
 FAILED = Verdict("forward.loss", OURS, Outcome.FAILED, CASE, GAPS, examples=12, seconds=3.0)
 ERRORED = Verdict(
@@ -144,7 +148,7 @@ def test_the_table_fits_into_80_columns_and_says_everything(
     invoke: Invoke, scripted: list[object]
 ) -> None:
     scripted += ALL
-    result = invoke("check", "forward", env={"COLUMNS": "80"})
+    result = invoke("check", *FIVE, env={"COLUMNS": "80"})
     assert result.exit_code == 1
     table, _, rest = result.stdout.partition("\nforward.loss: ")
     lines = [line.rstrip() for line in table.splitlines()[4:]]
@@ -170,7 +174,7 @@ def test_the_case_of_every_bad_verdict_is_left_where_asked(
     invoke: Invoke, scripted: list[object], tmp_path: Path
 ) -> None:
     scripted += ALL
-    result = invoke("check", "forward", "--failures", tmp_path / "some" / "where")
+    result = invoke("check", *FIVE, "--failures", tmp_path / "some" / "where")
     assert {path.name for path in (tmp_path / "some" / "where").iterdir()} == {
         "forward.loss.json",
         "forward.patched.json",
@@ -180,7 +184,7 @@ def test_the_case_of_every_bad_verdict_is_left_where_asked(
 
 def test_the_report_as_json(invoke: Invoke, scripted: list[object], tmp_path: Path) -> None:
     scripted += ALL
-    invoke("check", "forward", "--json", "report.json", "--seed", "7", "--profile", "dev")
+    invoke("check", *FIVE, "--json", "report.json", "--seed", "7", "--profile", "dev")
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["adapter"] == OURS
     assert report["versions"] == run.versions()
@@ -202,7 +206,7 @@ def test_what_is_known_conforms_and_is_named(invoke: Invoke, scripted: list[obje
         "forward.loss", OURS, Outcome.KNOWN, CASE, GAPS, known=(("one-defect", 3), ("other", 1))
     )
     scripted += [PASSED, known, PASSED, PASSED, PASSED]
-    result = invoke("check", "forward", "--json", "report.json", env={"COLUMNS": "80"})
+    result = invoke("check", *FIVE, "--json", "report.json", env={"COLUMNS": "80"})
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     (row,) = [at for at, line in enumerate(lines) if line.startswith(" forward.loss ")]
@@ -246,7 +250,7 @@ def test_the_choices_reach_the_engine(invoke: Invoke, monkeypatch: pytest.Monkey
 
 def test_an_interrupt_loses_nothing(invoke: Invoke, scripted: list[object], tmp_path: Path) -> None:
     scripted += [PASSED, FAILED, KeyboardInterrupt()]
-    result = invoke("check", "forward", "--json", "report.json")
+    result = invoke("check", *FIVE, "--json", "report.json")
     assert result.exit_code == 130
     assert result.stderr.splitlines()[-1] == "interrupted"
     assert " forward.loss " in result.stdout
@@ -259,7 +263,7 @@ def test_an_interrupt_loses_nothing(invoke: Invoke, scripted: list[object], tmp_
 
 def test_an_interrupt_before_the_first_verdict(invoke: Invoke, scripted: list[object]) -> None:
     scripted += [KeyboardInterrupt()]
-    result = invoke("check", "forward")
+    result = invoke("check", *FIVE)
     assert result.exit_code == 130
     assert "incomplete, 0 of 5 checks: nothing judged" in result.stdout
 
@@ -268,7 +272,7 @@ def test_a_fault_of_the_kit_is_not_the_adapter_s(
     invoke: Invoke, scripted: list[object], tmp_path: Path
 ) -> None:
     scripted += [PASSED, ZeroDivisionError("ours")]
-    result = invoke("check", "forward", "--json", "report.json")
+    result = invoke("check", *FIVE, "--json", "report.json")
     assert result.exit_code == 3
     assert "ZeroDivisionError: ours" in result.stderr
     last = result.stderr.splitlines()[-1]
