@@ -298,7 +298,7 @@ def judge_model(
     with at_work("building the bridge"):
         made.prepare_model(model)
         bridge = TransformerBridge(model, made, None)
-        if bridge.training:  # before 4.0 it is not in its model's mode
+        if bridge.training:  # else it is left alone: eval() would hide a component in another mode
             bridge.eval()
     derived = {name for name, site in sites.items() if site.derived}
     compared = _Comparison("bridged", witness, sites, report)

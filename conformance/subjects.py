@@ -281,7 +281,7 @@ def bridged(
 
             tokenizer = configure_tokenizer(tokenizer, made.cfg)
         bridge = TransformerBridge(built, made, tokenizer)
-        if bridge.training:  # before 4.0 it is not in its model's mode
+        if bridge.training:  # else it is left alone: eval() would hide a component in another mode
             bridge.eval()
     declared = tuple(getattr(adapter, "optional_hooks", ()))
     return Subject(built, parameters, bridge=bridge, optional_hooks=declared)

@@ -11,12 +11,11 @@ from transformer_lens.hook_points import HookPoint
 
 from conformance.checks.interventions import edited_cases
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of, in_one_forward
+from conformance.checks.support import bridge_of, in_one_forward, sites_to_hook
 from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values
-from conformance.edits import edited
 from conformance.inputs import inputs
 from conformance.observe import observe, options, sites_of, started
-from conformance.recorder import Observation
+from conformance.recorder import Observation, Recorder
 from conformance.spec import Case
 from conformance.subjects import at_work, bridged, reference
 
@@ -24,7 +23,7 @@ from conformance.subjects import at_work, bridged, reference
 @check(
     "interventions.batchless",
     "With remove_batch_dim=True the forward and backward hooks of run_with_hooks are given one "
-    "row's tensors without their batch, and what they return takes effect as it does with one.",
+    "row's tensors without their batch, once, and what a forward hook returns takes effect.",
     edited_cases,
     examples=0.2,
 )
@@ -34,23 +33,22 @@ def batchless(adapter: Adapter, case: Case) -> Iterator[Gap]:
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
     bridge: Any = bridge_of(subject)
     data, every = inputs(case), sites_of(subject, case)
-    plain = {name: site for name, site in every.items() if not site.derived}
+    plain = sites_to_hook(subject, case)
     expected = observe(reference(case.model), case, sites=every)
-    edits = {edit.site: edit for edit in case.run.edits}
-    values: dict[str, torch.Tensor] = {}
-    gradients: dict[str, torch.Tensor] = {}
+    recorder = Recorder()
+    recorder.begin(case)
 
     def keep(name: str) -> Callable[[torch.Tensor, HookPoint], torch.Tensor | None]:
         def hook(row: torch.Tensor, hook: HookPoint) -> torch.Tensor | None:
-            new = edited(edits[name], row[None]) if name in edits else row[None]
-            values[name] = new.detach().clone()
-            return new[0] if name in edits else None
+            new = recorder.edit(name, row[None])
+            recorder.value(name, new.detach().clone())
+            return new[0] if name in recorder.edits else None
 
         return hook
 
     def keep_gradient(name: str) -> Callable[[torch.Tensor, HookPoint], None]:
         def hook(row: torch.Tensor, hook: HookPoint) -> None:
-            gradients[name] = row[None].detach().clone()
+            recorder.gradient(name, row[None].detach().clone())
 
         return hook
 
@@ -59,7 +57,7 @@ def batchless(adapter: Adapter, case: Case) -> Iterator[Gap]:
             data.tokens,
             fwd_hooks=[(name, keep(name)) for name in every],
             bwd_hooks=[(name, keep_gradient(name)) for name in plain],
-            reset_hooks_end=False,
+            reset_hooks_end=False,  # the backward is still to come
             remove_batch_dim=True,
             return_type="logits",
             **options(subject, case),
@@ -69,12 +67,11 @@ def batchless(adapter: Adapter, case: Case) -> Iterator[Gap]:
         bridge.reset_hooks()
     seen = Observation(
         logits.detach(),
-        values,
-        gradients,
-        {name: parameter.grad for name, parameter in subject.parameters.items()},
-        tuple(values),
-        tuple(gradients),
-        expected.random_state,
+        values=recorder.values,
+        gradients=recorder.gradients,
+        parameter_gradients={name: p.grad for name, p in subject.parameters.items()},
+        fired=tuple(recorder.fired),
+        fired_backward=tuple(recorder.fired_backward),
     )
     yield from compare_values(expected, seen, every)
     yield from compare_gradients(expected, seen, plain)

@@ -31,7 +31,7 @@ from conformance.verdict import NotApplicable
 
 _RETURNED = tuple(kind for kind in EDITS if kind != "in_place")
 # What RoPE makes and reads is edited more often than the rest: more can go wrong with an edit there
-# than with others, by a layout of its own, by grouped heads, and by being every block's.
+# than with others, by a layout of its own, by grouped heads, and by cosines handed to every block.
 _ROTARY = ("hook_rot_q", "hook_rot_k", "attn.hook_cos", "attn.hook_sin")
 _ROWS = tuple(
     name

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from conformance.checks.hooking import settle
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import bridge_of, in_one_forward, sites_to_hook
 from conformance.compare import Gap
@@ -21,7 +20,7 @@ from conformance.subjects import Subject, at_work, bridged
 
 
 def _alive() -> list[torch.Tensor]:
-    """Every tensor that there is, but for those that the collector was told to leave alone."""
+    """Every tensor that the garbage collector tracks; frozen ones (`gc.freeze`) are left out."""
     gc.collect()
     return [each for each in gc.get_objects() if type(each) in (torch.Tensor, nn.Parameter)]
 
@@ -45,7 +44,7 @@ def _use(subject: Subject, case: Case, data: Inputs) -> None:
 @check(
     "surface.nothing_kept",
     "Nothing is left alive of the tensors of forwards, backwards, cached, hooked and generating "
-    "runs when what they returned is gone.",
+    "runs once their results are dropped.",
     cases,
     examples=0.07,
 )
@@ -54,10 +53,10 @@ def nothing_kept(adapter: Adapter, case: Case) -> Iterator[Gap]:
     case = in_one_forward(case, training=False, padding="none")
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
     data = inputs(case)
-    settle(subject, case)
     before = _alive()
     known = {id(each) for each in before}
     _use(subject, case, data)
+    bridge_of(subject).zero_grad(set_to_none=True)
     for parameter in subject.parameters.values():
         parameter.grad = None
     for left in _alive():

@@ -20,7 +20,7 @@ from conformance.subjects import Subject, at_work, bridged, reference
 
 
 def _backward(subject: Subject, logits: torch.Tensor, seed: torch.Tensor) -> Observation:
-    """The parameters' gradients of one backward, after which the graph and no gradient is left."""
+    """The parameters' gradients of one backward; keeps the graph and clears the gradients."""
     logits.backward(seed, retain_graph=True)  # type: ignore[no-untyped-call]
     found = {name: parameter.grad for name, parameter in subject.parameters.items()}
     for parameter in subject.parameters.values():

@@ -119,5 +119,5 @@ def detached(bridge: Any) -> None:
 
 @bridge_mutant("alive.hidden_states_shifted", "any", "alive.hidden_states")
 def shifted(bridge: Any) -> None:
-    """The recorded hidden states begin behind the first block."""
-    _recorded(bridge, lambda states: states[1:])
+    """The recorded hidden states begin behind the first block, and the last is there twice."""
+    _recorded(bridge, lambda states: (*states[1:], states[-1]))

@@ -34,7 +34,7 @@ add(
         lambda self: {
             name: module
             for name, module in original.fget(self).items()
-            if getattr(module, "name", name) == name
+            if not isinstance(module, HookPoint) or module.name == name
         }
     ),
 )
@@ -94,3 +94,34 @@ def any_end(bridge: Any) -> None:
         return lambda name=None: remove(name) if name in (None, "input", "output") else None
 
     _every_component(bridge, "remove_hooks", make)
+
+
+@bridge_mutant("lookup.everywhere", "any", "hook_api.components")
+def everywhere(bridge: Any) -> None:
+    """remove_hooks() of a component takes off the hooks of all others too."""
+
+    def make(remove: Any) -> Any:
+        return lambda name=None: remove(name) if name else bridge.reset_hooks()
+
+    _every_component(bridge, "remove_hooks", make)
+
+
+@bridge_mutant("lookup.refusal_removes", "a hook on an output", "hook_api.components")
+def refusal_removes(bridge: Any) -> None:
+    """remove_hooks takes all off before it refuses a name."""
+
+    def make(remove: Any) -> Any:
+        def removing(name: str | None = None) -> None:
+            if name not in (None, "input", "output"):
+                remove()
+            remove(name)
+
+        return removing
+
+    _every_component(bridge, "remove_hooks", make)
+
+
+@mutant("lookup.behind_flags", "any", "hook_api.lookup", OlmoTransformerBridge, "get_hook_point")
+def behind_flags(original: Any) -> Any:
+    """get_hook_point does not know hook_result."""
+    return lambda self, name: None if name.endswith("hook_result") else original(self, name)

@@ -8,19 +8,32 @@ import torch
 
 from adapter import attention
 from adapter.compatibility import OlmoTransformerBridge
-from conformance.mutants.catalogue import add, hook_mutant, mutant
+from conformance.mutants.catalogue import add, bridge_mutant, mutant, points
 
 KILLER = "surface.nothing_kept"
-_KEPT: dict[str, Any] = {}
 
 
 @mutant("outlived.pattern", "any", KILLER, attention, "softmax")
 def pattern(original: Any) -> Any:
     """The last pattern stays alive."""
+    kept: dict[str, Any] = {}
 
     def softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype) -> Any:
-        _KEPT["pattern"] = original(scores, dim=dim, dtype=dtype)
-        return _KEPT["pattern"]
+        kept["pattern"] = original(scores, dim=dim, dtype=dtype)
+        return kept["pattern"]
+
+    return softmax
+
+
+@mutant("outlived.first_pattern", "any", KILLER, attention, "softmax")
+def first_pattern(original: Any) -> Any:
+    """The first pattern of all stays alive."""
+    kept: dict[str, Any] = {}
+
+    def softmax(scores: torch.Tensor, dim: int, dtype: torch.dtype) -> Any:
+        out = original(scores, dim=dim, dtype=dtype)
+        kept.setdefault("pattern", out)
+        return out
 
     return softmax
 
@@ -36,20 +49,16 @@ def last_cache(original: Any) -> Any:
     return run
 
 
-def _keeps_gradients(original: Any, tensor: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = original(tensor)
-    if out.requires_grad:
-        out = out.view_as(out)
-        out.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: _KEPT.update(gradient=gradient)
-        )
-    return out
+@bridge_mutant("outlived.gradient", "a backward", KILLER)
+def gradient(bridge: Any) -> None:
+    """The last gradient of each block's input stays alive."""
+    kept = bridge.__dict__["last_gradients"] = {}
 
+    def listen(name: str) -> Any:
+        return lambda gradient, hook: kept.update({name: gradient})
 
-hook_mutant(
-    "outlived.gradient", "the last gradient stays alive", "a backward", KILLER,
-    "blocks.{i}.hook_in", _keeps_gradients,
-)  # fmt: skip
+    for point in points(bridge, "blocks.{i}.hook_in"):
+        point.add_hook(listen(str(point.name)), dir="bwd", is_permanent=True)
 
 
 def _rows(change: Any) -> Any:
@@ -87,8 +96,13 @@ def _backward_with_batch(named: dict[str, Any]) -> None:
     named["bwd_hooks"] = [(name, wide(function)) for name, function in named["bwd_hooks"]]
 
 
+def _twice(named: dict[str, Any]) -> None:
+    named["fwd_hooks"] = [*named["fwd_hooks"], *named["fwd_hooks"]]
+
+
 for name, breaks, trigger, change in (
-    ("kept_batch", "remove_batch_dim is passed over", "any", _with_batch),
+    ("twice", "a forward hook is called twice", "any", _twice),
+    ("kept_batch", "remove_batch_dim is ignored", "any", _with_batch),
     (
         "nothing_returned",
         "what a hook returns without its batch is dropped",
