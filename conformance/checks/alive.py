@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import replace
 
 import torch
@@ -81,30 +81,16 @@ def output_attentions(adapter: Adapter, case: Case) -> Iterator[Gap]:
     case = in_one_forward(case)
     truth, subject = reference(case.model), bridged(case.model, adapter, prepared=case.run.prepared)
     bridge = bridge_of(subject)
-    given = {**arguments(truth, case), "output_attentions": True}
-
-    def patterns(asked: Subject) -> list[torch.Tensor]:
-        with started(asked, case), blaming(asked, "output_attentions=True"):
-            return list(asked.model(**given).attentions or ())
-
-    expected, actual = patterns(truth), patterns(subject)
-    if len(actual) != len(expected):
-        yield Gap("attentions", "count", f"{len(actual)} layers instead of {len(expected)}")
+    expected = yield from _recorded(truth, subject, case, "attentions")
+    if not expected:
         return
-    for block, (due, got) in enumerate(zip(expected, actual, strict=True)):
-        yield from bitwise(f"attentions[{block}]", due.detach(), got.detach())
-    due_gradients = _gradients_of(truth, expected)
-    with at_work("a gradient of output_attentions=True"):
-        got_gradients = _gradients_of(subject, actual)
-    for gap in exact_gaps(due_gradients, got_gradients):
-        yield replace(gap, site=f"gradient of the attentions: {gap.site}", kind="gradient")
     block = case.run.token_seed % len(expected)
 
     def halve(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor:
         return tensor * 0.5
 
     with bridge.hooks(fwd_hooks=[(f"blocks.{block}.attn.hook_pattern", halve)]):
-        edited = patterns(subject)
+        edited = _record(subject, truth, case, "attentions")
     due = expected[block].detach() * 0.5
     yield from bitwise(f"attentions[{block}], edited", due, edited[block].detach())
 
@@ -120,23 +106,33 @@ def hidden_states(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Asked of the wrapped model, like the attentions."""
     case = in_one_forward(case)
     truth, subject = reference(case.model), bridged(case.model, adapter, prepared=case.run.prepared)
-    given = {**arguments(truth, case), "output_hidden_states": True}
+    yield from _recorded(truth, subject, case, "hidden_states")
 
-    def stream(asked: Subject) -> list[torch.Tensor]:
-        with started(asked, case), blaming(asked, "output_hidden_states=True"):
-            return list(asked.model(**given).hidden_states or ())
 
-    expected, actual = stream(truth), stream(subject)
+def _record(asked: Subject, truth: Subject, case: Case, name: str) -> list[torch.Tensor]:
+    """What Hugging Face's call returns under a name where it is asked for it."""
+    given = {**arguments(truth, case), f"output_{name}": True}
+    with started(asked, case), blaming(asked, f"output_{name}=True"):
+        return list(getattr(asked.model(**given), name) or ())
+
+
+def _recorded(
+    truth: Subject, subject: Subject, case: Case, name: str
+) -> Generator[Gap, None, list[torch.Tensor]]:
+    """The gaps of a record and its gradient; returns the reference's, or none if numbers differ."""
+    expected, actual = (_record(asked, truth, case, name) for asked in (truth, subject))
     if len(actual) != len(expected):
-        yield Gap("hidden_states", "count", f"{len(actual)} instead of {len(expected)}")
-        return
+        yield Gap(name, "count", f"{len(actual)} layers instead of {len(expected)}")
+        return []
     for at, (due, got) in enumerate(zip(expected, actual, strict=True)):
-        yield from bitwise(f"hidden_states[{at}]", due.detach(), got.detach())
+        yield from bitwise(f"{name}[{at}]", due.detach(), got.detach())
     due_gradients = _gradients_of(truth, expected)
-    with at_work("a gradient of output_hidden_states=True"):
+    with at_work(f"a gradient of output_{name}=True"):
         got_gradients = _gradients_of(subject, actual)
     for gap in exact_gaps(due_gradients, got_gradients):
-        yield replace(gap, site=f"gradient of the hidden states: {gap.site}", kind="gradient")
+        told = name.replace("_", " ")
+        yield replace(gap, site=f"gradient of the {told}: {gap.site}", kind="gradient")
+    return expected
 
 
 def _gradients_of(subject: Subject, tensors: list[torch.Tensor]) -> dict[str, torch.Tensor | None]:
