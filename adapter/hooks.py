@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +11,9 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+_BARE = (type(None), bool, int, float, str)
+_HOLDERS = (dict, list, set, OrderedDict)
 
 
 class OlmoHookPoint(HookPoint):
@@ -36,6 +41,20 @@ class OlmoHookPoint(HookPoint):
         bridge; most modules are hook points.
         """
         return sorted({*vars(HookPoint), *vars(OlmoHookPoint), *vars(self)})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OlmoHookPoint:
+        """Copy as any object is copied, only faster: nearly all that a hook point holds is empty.
+
+        TransformerLens copies a whole block, most of which is hook points, for every layer.
+        """
+        new = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in vars(self).items():
+            if type(value) in _HOLDERS and not value:
+                value = type(value)()
+            elif type(value) not in _BARE:
+                value = copy.deepcopy(value, memo)
+            vars(new)[name] = value
+        return new
 
     def register_full_backward_hook(
         self, hook: Callable[..., Any], prepend: bool = False

@@ -208,9 +208,14 @@ def watched(
         backwards = frozenset(at) if backward and not returned else frozenset()
         around = hooked(subject, recorder, sites, backwards, returned)
     elif sites is not None:
-        clamps = subject.clamps
         taps = Taps(
-            subject.model, sites, recorder.visit, d_head=d_head, clamps=clamps, see=recorder.see
+            subject.model,
+            sites,
+            recorder.visit,
+            d_head=d_head,
+            clamps=subject.clamps,
+            copies=subject.under_test,
+            see=recorder.see,
         )
         around = taps.attached()
 

@@ -51,7 +51,6 @@ def _attention(
     taps = _ATTACHED.get(module)
     around: Any = nullcontext()
     if taps is not None:
-        taps.clamps_are_over()
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         query = taps.inside(layer, Port.QUERY, query)
         if not taps.cached:
@@ -102,6 +101,8 @@ class Taps(TorchFunctionMode):
         d_head: Size of a head.
         clamps: Whether attention clamps in place. If not, the clipped sites are the projections'
             outputs.
+        copies: Whether it may be copies of these that are clamped, as in a patched model. If not,
+            they are looked at when attention has clamped all of them.
         see: Called instead of `visit` where nothing is edited, with the site's value, a tensor of
             the model's own graph, and a function that turns this tensor's gradient into the
             site's: no node is added to the graph.
@@ -120,18 +121,21 @@ class Taps(TorchFunctionMode):
         *,
         d_head: int,
         clamps: bool,
+        copies: bool = True,
         see: See | None = None,
     ) -> None:
         super().__init__()
+        self._copies = copies
         self.cached = False
         self.editing: Collection[str] = sites if see is None else ()
         self._see: See = see or _nothing
         self._model, self._visit, self._d_head = model, visit, d_head
-        self._turns: dict[Layout, Turn] = {
+        turns: dict[Layout, Turn] = {
             Layout.SAME: lambda tensor: tensor,
             Layout.HEADS: lambda tensor: tensor.reshape(*tensor.shape[:-1], -1, d_head),
             Layout.SWAPPED: lambda tensor: tensor.transpose(1, 2),
         }
+        self._turns = {site.name: turns[site.layout] for site in sites.values()}
         self._ports: dict[str, dict[Port, list[Site]]] = defaultdict(lambda: defaultdict(list))
         for site in sites.values():
             outward = site.port is Port.CLIPPED and not clamps
@@ -140,28 +144,31 @@ class Taps(TorchFunctionMode):
         self._clamped = {m for m in self._ports if clamps and m.endswith(CLAMPED)}
         # Of the module that the latest call from inside is of.
         self._attention: dict[Port, list[Site]] = {}
-        self._clamps: Iterator[list[Site]] = iter(())
+        # What is about to be clamped in place, in the model's order, and the sites after the clamp.
+        self._clamps: list[tuple[list[Site], torch.Tensor]] = []
         self._watches_clamps = False
 
     def through(self, sites: Sequence[Site], tensor: torch.Tensor) -> torch.Tensor:
         """Show the tensor at a place to each site there, and return what they leave of it."""
         for site in sites:
             if site.name in self.editing:
-                seen = self._visit(site.name, self._to_hook(site.layout, tensor))
+                seen = self._visit(site.name, self._to_hook(site, tensor))
                 tensor = self._from_hook(site.layout, seen)
             else:
-                turn = self._turns[site.layout]
+                turn = self._turns[site.name]
                 self._see(site.name, turn(tensor.detach()), tensor, turn)
         return tensor
 
     def inside(self, layer: int, port: Port, tensor: torch.Tensor) -> torch.Tensor:
-        """Show a tensor from inside the attention of a layer."""
+        """Show a tensor from inside the attention of a layer, after the last clamp."""
+        self._clamps_are_over()
         self._attention = self._ports[f"model.layers.{layer}.self_attn"]
         return self.through(self._attention[port], tensor)
 
-    def _to_hook(self, layout: Layout, tensor: torch.Tensor) -> torch.Tensor:
+    def _to_hook(self, site: Site, tensor: torch.Tensor) -> torch.Tensor:
         """A fresh node of the graph, which the edits of other sites at the place do not reach."""
-        return tensor.view_as(tensor) if layout is Layout.SAME else self._turns[layout](tensor)
+        same = site.layout is Layout.SAME
+        return tensor.view_as(tensor) if same else self._turns[site.name](tensor)
 
     def _from_hook(self, layout: Layout, tensor: torch.Tensor) -> torch.Tensor:
         if layout is Layout.HEADS:
@@ -177,8 +184,9 @@ class Taps(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func is torch.nn.functional.dropout:
             return self.through(self._attention[Port.PATTERN], result)
-        if func is torch.Tensor.clamp_:
-            self._clamped_in_place(next(self._clamps), result)
+        if func is torch.Tensor.clamp_ and self._clamps:
+            sites, _ = self._clamps.pop(0)
+            self._clamped_in_place(sites, result)
         return result
 
     def _clamped_in_place(self, sites: Sequence[Site], tensor: torch.Tensor) -> None:
@@ -188,14 +196,20 @@ class Taps(TorchFunctionMode):
         else:
             self.through(sites, tensor)
 
-    def _watch_clamps(self, module: str) -> None:
-        attention = module.removesuffix(CLAMPED[-1])
-        self._clamps = iter([self._ports[attention + name][Port.CLIPPED] for name in CLAMPED])
-        self._watches_clamps = True
-        self.__enter__()  # type: ignore[no-untyped-call]
+    def _before_clamps(self) -> None:
+        after = [site.name for sites, _ in self._clamps for site in sites]
+        if after and (self._copies or any(name in self.editing for name in after)):
+            self._watches_clamps = True
+            self.__enter__()  # type: ignore[no-untyped-call]
 
-    def clamps_are_over(self) -> None:
-        """Watch no further calls until the attention function makes its own."""
+    def _clamps_are_over(self) -> None:
+        """Show what they left; watch no more calls until the attention function makes its own."""
+        self._watch_no_clamps()
+        for sites, tensor in self._clamps:
+            self._clamped_in_place(sites, tensor)
+        self._clamps.clear()
+
+    def _watch_no_clamps(self) -> None:
         if self._watches_clamps:
             self._watches_clamps = False
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -223,7 +237,7 @@ class Taps(TorchFunctionMode):
         places = self._ports[name]
         out, first, second = places[Port.OUT], places[Port.FIRST], places[Port.SECOND]
         scale, clamped = places[Port.SCALE], name in self._clamped
-        last = bool(clamped and places[Port.CLIPPED]) and name.endswith(CLAMPED[-1])
+        last = clamped and name.endswith(CLAMPED[-1])
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if isinstance(output, tuple):
@@ -237,8 +251,9 @@ class Taps(TorchFunctionMode):
             output = self.through(out, output)
             if clamped:
                 output = output.clone()  # what the clamp then does does not reach what was seen
+                self._clamps.append((places[Port.CLIPPED], output))
             if last:
-                self._watch_clamps(name)
+                self._before_clamps()
             return output
 
         return hook
@@ -256,11 +271,12 @@ class Taps(TorchFunctionMode):
         if not edited:
 
             def of_scale(gradient: torch.Tensor) -> torch.Tensor:
-                return -(gradient.float() * (centered / scale) / scale).sum(-1, keepdim=True)
+                # In the order in which autograd takes the derivative of a quotient.
+                return (-gradient.float() * (centered / scale / scale)).sum(-1, keepdim=True)
 
             self._see(site.name, scale, output, of_scale)
             return output
-        seen = self._visit(site.name, self._to_hook(Layout.SAME, scale))
+        seen = self._visit(site.name, self._to_hook(site, scale))
         rebuilt = centered / seen
         # Where the edit leaves the value alone the two quotients cancel exactly, in value and in
         # the gradient of x, and the denominator has its gradient all the same.
@@ -282,7 +298,8 @@ class Taps(TorchFunctionMode):
                     stack.callback(_ATTACHED.pop, module)
             self._model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
             stack.callback(self._model.set_attn_implementation, before)  # type: ignore[arg-type]
-            stack.callback(self.clamps_are_over)  # where the model raised between the two
+            stack.callback(self._clamps.clear)  # where the model raised between the two
+            stack.callback(self._watch_no_clamps)
             yield
 
 

@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
+from transformer_lens.hook_points import HookPoint
 
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import copied, exact_gaps, quiet
-from conformance.compare import Gap, compare_parameters, compare_tensors, compare_values
+from conformance.checks.support import (
+    bridge_of,
+    copied,
+    drawing,
+    exact_gaps,
+    forward_as_it_is,
+    in_one_forward,
+    quiet,
+)
+from conformance.compare import (
+    Gap,
+    bitwise,
+    compare_firing,
+    compare_parameters,
+    compare_tensors,
+    compare_values,
+    labelled,
+)
 from conformance.observe import observe, sites_of
 from conformance.spec import DTYPES, Case
 from conformance.strategies import cases
-from conformance.subjects import at_work, bridged, reference
+from conformance.subjects import Subject, at_work, bridged, reference
 from conformance.tolerance import exactly
 
 
@@ -63,6 +80,52 @@ def deepcopy(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield Gap(crossed[0], "contract", "a hook of the original fired in a forward of its copy")
     if any(parameter.grad is not None for parameter in original.parameters.values()):
         yield Gap("gradients", "contract", "a backward of the copy reached the original")
+
+
+@check(
+    "copies.hooked",
+    "Hooks that are on a bridge when it is copied by copy.deepcopy are on the copy as well, where "
+    "they fire and change what they do on the original, and come off each of the two alone.",
+    cases,
+    examples=0.2,
+)
+def hooked_copy(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """A hook at every site, one of which doubles a block's output; some are permanent."""
+    case, draw = in_one_forward(case), drawing(case)
+    original = bridged(case.model, adapter, prepared=case.run.prepared)
+    bridge, fired = bridge_of(original), []
+    bare, _ = forward_as_it_is(original, case)
+    doubled = f"blocks.{draw(case.model.num_hidden_layers)}.hook_out"
+
+    def hook_at(name: str) -> Callable[..., torch.Tensor | None]:
+        def hook(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor | None:
+            fired.append(name)
+            return tensor * 2 if name == doubled else None
+
+        return hook
+
+    with at_work("adding hooks"):
+        for name in sites_of(original, case):
+            bridge.add_hook(name, hook_at(name), is_permanent=not draw(2))
+
+    def shown(subject: Subject) -> tuple[torch.Tensor, list[str]]:
+        fired.clear()
+        logits, _ = forward_as_it_is(subject, case)
+        return logits.detach(), list(fired)
+
+    edited = shown(original)
+    subjects = {"the original": original, "a copy": copied(original), "another": copied(original)}
+    left = dict.fromkeys(subjects, edited)
+    for freed in ("", "a copy", "the original"):
+        if freed:
+            with at_work(f"taking hooks off {freed}"):
+                bridge_of(subjects[freed]).reset_hooks(including_permanent=True)
+            left[freed] = bare.detach(), []
+        for name, subject in subjects.items():
+            (due, order), (got, met) = left[name], shown(subject)
+            label = f"{name}, hooks taken off {freed or 'nothing'}"
+            yield from labelled(label, compare_firing(order, met))
+            yield from labelled(label, bitwise("logits", due, got))
 
 
 @check(

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import _get_current_function_mode_stack
 
 from conformance import taps
+from conformance.compare import compare_gradients, compare_values
 from conformance.edits import edited
 from conformance.inputs import derived_positions, inputs
 from conformance.observe import observe
@@ -226,6 +227,19 @@ def test_tapped_is_bare(dtype: str) -> None:
         same(bare(case), tapped(case))
 
     check()
+
+
+@quick
+@given(cases(models=model_specs(clips=clip_present())))
+def test_a_clamp_is_seen_alike_as_it_is_done_and_when_it_is_over(case: Case) -> None:
+    """Of a subject under test it is caught as it is done: it may be a copy that is clamped."""
+    caught = dataclasses.replace(reference(case.model), under_test=True)
+    expected, sites = tapped(case), all_sites(case.model)
+    actual = observe(caught, case, sites=sites)
+    same(expected, actual)
+    assert expected.fired == actual.fired
+    assert not compare_values(expected, actual, sites, due=expected.fired)
+    assert not compare_gradients(expected, actual, sites)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

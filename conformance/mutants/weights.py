@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformer_lens.model_bridge.generalized_components import (
 from adapter import compatibility, olmo
 from adapter.attention import OlmoAttentionBridge
 from adapter.compatibility import OlmoTransformerBridge
+from adapter.hooks import OlmoHookPoint
 from adapter.mlp import BranchLinearBridge, OlmoMLPBridge
 from conformance.mutants.catalogue import add, mutant
 
@@ -124,6 +126,44 @@ add(
     "OlmoBlockBridge",
     lambda original: BlockBridge,
 )
+
+
+@mutant(
+    "copies.hook_points",
+    "a deep copy after a forward",
+    "copies.deepcopy",
+    OlmoHookPoint,
+    "__deepcopy__",
+)
+def copied_hook_points(original: Any) -> Any:
+    """A deep copy's hook points hold the very hooks of the original's, in the very same lists."""
+
+    def copied(self: Any, memo: dict[int, Any]) -> Any:
+        new = memo[id(self)] = object.__new__(type(self))
+        vars(new).update(vars(self))
+        return new
+
+    return copied
+
+
+@mutant(
+    "copies.fresh_hook_points",
+    "a deep copy of a bridge with hooks on",
+    "copies.hooked",
+    OlmoHookPoint,
+    "__deepcopy__",
+)
+def fresh_hook_points(original: Any) -> Any:
+    """A deep copy's hook points are new ones, of the same name and with no hook."""
+
+    def copied(self: Any, memo: dict[int, Any]) -> Any:
+        new = memo[id(self)] = type(self)()
+        new.name, new.hook_conversion = self.name, copy.deepcopy(self.hook_conversion, memo)
+        return new
+
+    return copied
+
+
 add(
     "copies.layout",
     "conversions are of local classes, which pickle cannot find",
