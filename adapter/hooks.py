@@ -50,7 +50,8 @@ class OlmoHookPoint(HookPoint):
         new = memo[id(self)] = type(self).__new__(type(self))
         for name, value in vars(self).items():
             if type(value) in _HOLDERS and not value:
-                value = type(value)()
+                # The handles of hooks refer to these too.
+                value = memo.setdefault(id(value), type(value)())
             elif type(value) not in _BARE:
                 value = copy.deepcopy(value, memo)
             vars(new)[name] = value

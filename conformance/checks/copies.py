@@ -85,7 +85,8 @@ def deepcopy(adapter: Adapter, case: Case) -> Iterator[Gap]:
 @check(
     "copies.hooked",
     "Hooks that are on a bridge when it is copied by copy.deepcopy are on the copy as well, where "
-    "they fire and change what they do on the original, and come off each of the two alone.",
+    "they fire and change what they do on the original, and on a copy of that; they come off each "
+    "alone.",
     cases,
     examples=0.2,
 )
@@ -114,7 +115,8 @@ def hooked_copy(adapter: Adapter, case: Case) -> Iterator[Gap]:
         return logits.detach(), list(fired)
 
     edited = shown(original)
-    subjects = {"the original": original, "a copy": copied(original), "another": copied(original)}
+    copy = copied(original)
+    subjects = {"the original": original, "a copy": copy, "a copy of that": copied(copy)}
     left = dict.fromkeys(subjects, edited)
     for freed in ("", "a copy", "the original"):
         if freed:

@@ -164,6 +164,27 @@ def fresh_hook_points(original: Any) -> Any:
     return copied
 
 
+@mutant(
+    "copies.loose_handles",
+    "a deep copy of a deep copy of a bridge with hooks on",
+    "copies.hooked",
+    OlmoHookPoint,
+    "__deepcopy__",
+    crashes=True,
+)
+def loose_handles(original: Any) -> Any:
+    """A copied hook point's empty dicts are not those that the handles of its hooks refer to."""
+
+    def copied(self: Any, memo: dict[int, Any]) -> Any:
+        new = memo[id(self)] = object.__new__(type(self))
+        for name, value in vars(self).items():
+            empty = isinstance(value, dict) and not value
+            vars(new)[name] = type(value)() if empty else copy.deepcopy(value, memo)
+        return new
+
+    return copied
+
+
 add(
     "copies.layout",
     "conversions are of local classes, which pickle cannot find",
