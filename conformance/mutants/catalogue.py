@@ -56,6 +56,7 @@ CRASHES = {
     "attention.upstream",
     "cache.expected",
     "clamp.in_place",
+    "copies.loose_handles",
     "deep.still_starts",
     "deep.still_stops",
     "machine.not_pickled_again",

@@ -170,7 +170,6 @@ def fresh_hook_points(original: Any) -> Any:
     "copies.hooked",
     OlmoHookPoint,
     "__deepcopy__",
-    crashes=True,
 )
 def loose_handles(original: Any) -> Any:
     """A copied hook point's empty dicts are not those that the handles of its hooks refer to."""
