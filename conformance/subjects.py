@@ -132,11 +132,14 @@ def _fill(parameters: Mapping[str, nn.Parameter], model: ModelSpec) -> None:
     They are scaled in float32 at least: a float64 model's weights are no float32 numbers.
     """
     generator = torch.Generator().manual_seed(model.weight_seed)
+    wide = torch.promote_types(getattr(torch, model.dtype), torch.float32)
     with torch.no_grad():
-        for parameter in parameters.values():
-            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            parameter.copy_(drawn.to(wide).mul_(model.weight_scale))
+        drawn = [
+            torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(wide)
+            for parameter in parameters.values()
+        ]
+        torch._foreach_mul_(drawn, model.weight_scale)
+        torch._foreach_copy_(list(parameters.values()), drawn)
 
 
 def redraw(subjects: Iterable[Subject], model: ModelSpec) -> None:
