@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
+# What takes no part in a search for what else is to be copied: exactly these types, no subclass.
 _BARE = (type(None), bool, int, float, str)
 _HOLDERS = (dict, list, set, OrderedDict)
 
@@ -48,13 +49,14 @@ class OlmoHookPoint(HookPoint):
         TransformerLens copies a whole block, most of which is hook points, for every layer.
         """
         new = memo[id(self)] = type(self).__new__(type(self))
-        for name, value in vars(self).items():
+        state = self.__getstate__()  # type: ignore[no-untyped-call]
+        for name, value in state.items():
             if type(value) in _HOLDERS and not value:
                 # The handles of hooks refer to these too.
-                value = memo.setdefault(id(value), type(value)())
+                state[name] = memo.setdefault(id(value), type(value)())
             elif type(value) not in _BARE:
-                value = copy.deepcopy(value, memo)
-            vars(new)[name] = value
+                state[name] = copy.deepcopy(value, memo)
+        new.__setstate__(state)  # type: ignore[no-untyped-call]
         return new
 
     def register_full_backward_hook(

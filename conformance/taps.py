@@ -3,10 +3,11 @@
 Module inputs and outputs are reached through PyTorch's own hooks. What happens inside attention is
 reached through Hugging Face's public registries (the attention function and its mask), a `Cache`
 subclass, and a `TorchFunctionMode` that sees the softmax, the dropout and the in-place clamp as
-they are called. That mode costs something at every call, so it is on between the last projection
-and the attention function, if there is a clamp, and inside that function; then it is also on where
-checkpointing computes a layer again, in the midst of a backward, during which a mode that was on
-before is off. No line of the model's code is copied, and a tapped model computes bit for bit what
+they are called. That mode costs something at every call, so it is on inside the attention function,
+and between the last projection and that function only where looking at what was clamped would not
+do: where it is edited, or where copies may be clamped. So it is also on where checkpointing
+computes a layer again, in the midst of a backward, during which a mode that was on before is off.
+No line of the model's code is copied, and a tapped model computes bit for bit what
 the bare one does, gradients included.
 """
 
@@ -67,6 +68,11 @@ AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, eager_mask)
 
 
+def attention_of(projection: str) -> str:
+    """The name of the module that a projection is part of."""
+    return projection.rpartition(".")[0]
+
+
 class TappedCache(DynamicCache):
     """A cache that shows each new key to the taps on its model before it stores it."""
 
@@ -102,7 +108,7 @@ class Taps(TorchFunctionMode):
         clamps: Whether attention clamps in place. If not, the clipped sites are the projections'
             outputs.
         copies: Whether it may be copies of these that are clamped, as in a patched model. If not,
-            they are looked at when attention has clamped all of them.
+            the outputs are looked at when attention has clamped all of them.
         see: Called instead of `visit` where nothing is edited, with the site's value, a tensor of
             the model's own graph, and a function that turns this tensor's gradient into the
             site's: no node is added to the graph.
@@ -142,10 +148,17 @@ class Taps(TorchFunctionMode):
             self._ports[site.module][Port.OUT if outward else site.port].append(site)
         # The model clamps the outputs of these in place.
         self._clamped = {m for m in self._ports if clamps and m.endswith(CLAMPED)}
+        # The attentions of which all clamps are followed: somebody asks what one of them leaves.
+        self._followed = {
+            attention_of(module) for module in self._clamped if self._ports[module][Port.CLIPPED]
+        }
+        self._clamped |= {f"{path}.{name}" for path in self._followed for name in CLAMPED}
+        for module in (*self._followed, *self._clamped):
+            self._ports[module]  # each has its hooks, whether or not it has sites of its own
         # Of the module that the latest call from inside is of.
         self._attention: dict[Port, list[Site]] = {}
         # What is about to be clamped in place, in the model's order, and the sites after the clamp.
-        self._clamps: list[tuple[list[Site], torch.Tensor]] = []
+        self._pending: list[tuple[list[Site], torch.Tensor]] = []
         self._watches_clamps = False
 
     def through(self, sites: Sequence[Site], tensor: torch.Tensor) -> torch.Tensor:
@@ -184,8 +197,8 @@ class Taps(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func is torch.nn.functional.dropout:
             return self.through(self._attention[Port.PATTERN], result)
-        if func is torch.Tensor.clamp_ and self._clamps:
-            sites, _ = self._clamps.pop(0)
+        if func is torch.Tensor.clamp_ and self._pending:
+            sites, _ = self._pending.pop(0)
             self._clamped_in_place(sites, result)
         return result
 
@@ -197,19 +210,22 @@ class Taps(TorchFunctionMode):
             self.through(sites, tensor)
 
     def _before_clamps(self) -> None:
-        after = [site.name for sites, _ in self._clamps for site in sites]
-        if after and (self._copies or any(name in self.editing for name in after)):
+        """Watch the calls from here on, if looking at the tensors afterwards will not do."""
+        after = [site.name for sites, _ in self._pending for site in sites]
+        if self._copies or any(name in self.editing for name in after):
             self._watches_clamps = True
             self.__enter__()  # type: ignore[no-untyped-call]
 
     def _clamps_are_over(self) -> None:
-        """Show what they left; watch no more calls until the attention function makes its own."""
-        self._watch_no_clamps()
-        for sites, tensor in self._clamps:
+        """Show what they left, unless they were watched: what was then not seen did not happen."""
+        late = [] if self._watches_clamps else list(self._pending)
+        self._forget_clamps()
+        for sites, tensor in late:
             self._clamped_in_place(sites, tensor)
-        self._clamps.clear()
 
-    def _watch_no_clamps(self) -> None:
+    def _forget_clamps(self) -> None:
+        """Watch no further calls until the attention function makes its own."""
+        self._pending.clear()
         if self._watches_clamps:
             self._watches_clamps = False
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
@@ -237,7 +253,8 @@ class Taps(TorchFunctionMode):
         places = self._ports[name]
         out, first, second = places[Port.OUT], places[Port.FIRST], places[Port.SECOND]
         scale, clamped = places[Port.SCALE], name in self._clamped
-        last = clamped and name.endswith(CLAMPED[-1])
+        followed = clamped and attention_of(name) in self._followed
+        first_of_all, last_of_all = name.endswith(CLAMPED[0]), name.endswith(CLAMPED[-1])
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             if isinstance(output, tuple):
@@ -251,9 +268,12 @@ class Taps(TorchFunctionMode):
             output = self.through(out, output)
             if clamped:
                 output = output.clone()  # what the clamp then does does not reach what was seen
-                self._clamps.append((places[Port.CLIPPED], output))
-            if last:
-                self._before_clamps()
+            if followed:
+                if first_of_all:  # a forward before may have raised in the midst of them
+                    self._forget_clamps()
+                self._pending.append((places[Port.CLIPPED], output))
+                if last_of_all:
+                    self._before_clamps()
             return output
 
         return hook
@@ -293,13 +313,12 @@ class Taps(TorchFunctionMode):
                 entered = module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
                 stack.callback(entered.remove)
                 stack.callback(module.register_forward_hook(self._leave(name)).remove)
-                if any(places[port] for port in _INSIDE):
+                if name in self._followed or any(places[port] for port in _INSIDE):
                     _ATTACHED[module] = self
                     stack.callback(_ATTACHED.pop, module)
             self._model.set_attn_implementation(ATTENTION)  # type: ignore[operator]
             stack.callback(self._model.set_attn_implementation, before)  # type: ignore[arg-type]
-            stack.callback(self._clamps.clear)  # where the model raised between the two
-            stack.callback(self._watch_no_clamps)
+            stack.callback(self._forget_clamps)  # where the model raised in the midst of them
             yield
 
 

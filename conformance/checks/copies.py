@@ -6,6 +6,7 @@ import io
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformer_lens.hook_points import HookPoint
@@ -20,6 +21,7 @@ from conformance.checks.support import (
     forward_as_it_is,
     in_one_forward,
     quiet,
+    sites_to_hook,
 )
 from conformance.compare import (
     Gap,
@@ -91,42 +93,64 @@ def deepcopy(adapter: Adapter, case: Case) -> Iterator[Gap]:
     examples=0.2,
 )
 def hooked_copy(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """A hook at every site, one of which doubles a block's output; some are permanent."""
+    """A hook at every site, forwards and backwards; at one of them two that change the tensor."""
     case, draw = in_one_forward(case), drawing(case)
     original = bridged(case.model, adapter, prepared=case.run.prepared)
-    bridge, fired = bridge_of(original), []
+    bridge, sites = bridge_of(original), sites_to_hook(original, case)
     bare, _ = forward_as_it_is(original, case)
-    doubled = f"blocks.{draw(case.model.num_hidden_layers)}.hook_out"
+    edited = f"blocks.{draw(case.model.num_hidden_layers)}.hook_out"
+    fired: list[str] = []
+    permanent: dict[str, bool] = {}
 
-    def hook_at(name: str) -> Callable[..., torch.Tensor | None]:
-        def hook(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor | None:
-            fired.append(name)
-            return tensor * 2 if name == doubled else None
+    def put(name: str, way: str, change: Callable[[Any], Any], lasting: bool) -> None:
+        label = f"{name}, {way} {len(permanent)}"
+        permanent[label] = lasting
 
-        return hook
+        def hook(tensor: torch.Tensor, hook: HookPoint) -> Any:
+            fired.append(label)
+            return change(tensor)
 
+        bridge.add_hook(name, hook, dir=way, is_permanent=lasting)
+
+    lasting = bool(draw(2))
     with at_work("adding hooks"):
-        for name in sites_of(original, case):
-            bridge.add_hook(name, hook_at(name), is_permanent=not draw(2))
+        for name in sites:
+            put(name, "fwd", lambda tensor: None, bool(draw(2)))
+            put(name, "bwd", lambda gradient: None, bool(draw(2)))
+        put(edited, "fwd", lambda tensor: -tensor, lasting)
+        put(edited, "fwd", lambda tensor: tensor + 1, lasting)
 
     def shown(subject: Subject) -> tuple[torch.Tensor, list[str]]:
         fired.clear()
         logits, _ = forward_as_it_is(subject, case)
+        with at_work("a backward"):
+            logits.sum().backward()  # type: ignore[no-untyped-call]
+        for parameter in subject.parameters.values():
+            parameter.grad = None
         return logits.detach(), list(fired)
 
-    edited = shown(original)
-    copy = copied(original)
-    subjects = {"the original": original, "a copy": copy, "a copy of that": copied(copy)}
-    left = dict.fromkeys(subjects, edited)
-    for freed in ("", "a copy", "the original"):
+    logits, order = shown(original)
+    subjects = {"the original": original, "a copy": (copy := copied(original))}
+    subjects["a copy of that"] = copied(copy)
+    left = dict.fromkeys(subjects, (logits, order))
+    some = logits if lasting else bare.detach(), [label for label in order if permanent[label]]
+    none: tuple[torch.Tensor, list[str]] = bare.detach(), []
+    for freed, rest in (
+        ("", some),
+        ("a copy", some),
+        ("the original", some),
+        ("a copy", none),
+        ("a copy of that", none),
+        ("the original", none),
+    ):
         if freed:
             with at_work(f"taking hooks off {freed}"):
-                bridge_of(subjects[freed]).reset_hooks(including_permanent=True)
-            left[freed] = bare.detach(), []
+                bridge_of(subjects[freed]).reset_hooks(including_permanent=rest is none)
+            left[freed] = rest
         for name, subject in subjects.items():
-            (due, order), (got, met) = left[name], shown(subject)
-            label = f"{name}, hooks taken off {freed or 'nothing'}"
-            yield from labelled(label, compare_firing(order, met))
+            (due, wanted), (got, met) = left[name], shown(subject)
+            label = f"{name}, hooks last taken off {freed or 'nothing'}"
+            yield from labelled(label, compare_firing(wanted, met))
             yield from labelled(label, bitwise("logits", due, got))
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from transformer_lens.model_bridge.supported_architectures.olmo import (
 
 from adapter import OlmoArchitectureAdapter
 from adapter.mlp import OlmoMLPBridge
-from conformance import check_adapter, profiles, run
+from conformance import check_adapter, profiles, run, suite
 from conformance.checks import REGISTRY, Check
 from conformance.checks.registry import Adapter
 from conformance.compare import Gap
@@ -337,3 +339,10 @@ def test_versions_are_told_installed_or_not(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(run, "version", missing)
     assert versions() == dict.fromkeys(names, "not installed")
+
+
+def test_every_check_has_a_test_in_the_suite() -> None:
+    names = [each.name for each in iter_modules(suite.__path__) if each.name.startswith("test_")]
+    modules = [import_module(f"{suite.__name__}.{name}") for name in names]
+    found = {getattr(it, "__name__", "") for module in modules for it in vars(module).values()}
+    assert {f"test_{name.replace('.', '_')}" for name in REGISTRY} <= found

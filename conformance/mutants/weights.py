@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -184,6 +185,43 @@ def loose_handles(original: Any) -> Any:
     return copied
 
 
+def _changed(change: Callable[[Any], None]) -> Callable[[Any], Any]:
+    """Copies of hook points that are changed once they are made."""
+
+    def replacing(original: Any) -> Any:
+        def copied(self: Any, memo: dict[int, Any]) -> Any:
+            new = original(self, memo)
+            change(new)
+            return new
+
+        return copied
+
+    return replacing
+
+
+def _all_permanent(point: Any) -> None:
+    for handle in (*point.fwd_hooks, *point.bwd_hooks):
+        handle.is_permanent = True
+
+
+def _forward_only(point: Any) -> None:
+    point.bwd_hooks = []
+    point._backward_pre_hooks.clear()
+
+
+for _name, _breaks, _change in (
+    ("copies.all_permanent", "a plain reset_hooks leaves all hooks of a deep copy", _all_permanent),
+    ("copies.forward_only", "a deep copy has lost its backward hooks", _forward_only),
+):
+    add(
+        _name,
+        _breaks,
+        "a deep copy of a bridge with hooks on",
+        "copies.hooked",
+        OlmoHookPoint,
+        "__deepcopy__",
+        _changed(_change),
+    )
 add(
     "copies.layout",
     "conversions are of local classes, which pickle cannot find",
