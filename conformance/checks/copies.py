@@ -135,18 +135,18 @@ def hooked_copy(adapter: Adapter, case: Case) -> Iterator[Gap]:
     left = dict.fromkeys(subjects, (logits, order))
     some = logits if lasting else bare.detach(), [label for label in order if permanent[label]]
     none: tuple[torch.Tensor, list[str]] = bare.detach(), []
-    for freed, rest in (
-        ("", some),
-        ("a copy", some),
-        ("the original", some),
-        ("a copy", none),
-        ("a copy of that", none),
-        ("the original", none),
+    for freed, wholly in (
+        ("", False),
+        ("a copy", False),
+        ("the original", False),
+        ("a copy", True),
+        ("a copy of that", True),
+        ("the original", True),
     ):
         if freed:
             with at_work(f"taking hooks off {freed}"):
-                bridge_of(subjects[freed]).reset_hooks(including_permanent=rest is none)
-            left[freed] = rest
+                bridge_of(subjects[freed]).reset_hooks(including_permanent=wholly)
+            left[freed] = none if wholly else some
         for name, subject in subjects.items():
             (due, wanted), (got, met) = left[name], shown(subject)
             label = f"{name}, hooks last taken off {freed or 'nothing'}"
