@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import hypothesis
 import torch
-from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import HealthCheck, Phase, Verbosity, settings
 
 from conformance.checks.registry import Adapter
 from conformance.checks.series import all_runs, built, gaps_of
+from conformance.draws import drawing
 from conformance.garbage import rarely_collected
 from conformance.inputs import inputs
 from conformance.observe import plain_run, sites_of
@@ -86,10 +86,6 @@ class _Clock:
 def drawn(examples: int, seed: int) -> list[Case]:
     """The series that the default suite's strategy draws from a seed."""
     found: list[Case] = []
-
-    def keep(case: Case) -> None:
-        found.append(case)
-
     bound = settings(
         max_examples=examples,
         database=None,
@@ -98,7 +94,7 @@ def drawn(examples: int, seed: int) -> list[Case]:
         verbosity=Verbosity.quiet,
         suppress_health_check=list(HealthCheck),
     )
-    hypothesis.seed(seed)(bound(given(case=series())(keep)))()
+    drawing(lambda case: found.append(case), series(), bound, seed=seed)()
     return found
 
 

@@ -11,14 +11,14 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import hypothesis
-from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from hypothesis import HealthCheck, Phase, Verbosity, settings
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 from conformance.checks import REGISTRY, Check
 from conformance.checks.registry import Adapter, adapter_name
 from conformance.database import chosen_database
 from conformance.defects import Known
+from conformance.draws import drawing
 from conformance.fields import SpecError
 from conformance.ledger import known
 from conformance.profiles import ADAPTER_VARIABLE, DEFAULT_ADAPTER, Profile, chosen, profile
@@ -149,13 +149,10 @@ def run_check(
             each()
 
     bound = settings(property_settings(check, on), verbosity=Verbosity.quiet, database=None)
-    if seed is not None:
-        bound = settings(bound, derandomize=False)
-    drawn = bound(given(case=check.cases())(one))
     try:
         for case in trial.firsts:
             one(case)
-        (drawn if seed is None else hypothesis.seed(seed)(drawn))()
+        drawing(one, check.cases(), bound, seed=seed)()
         verdict = trial.verdict()
     except ConformanceError as error:
         verdict = replace(error.verdict, known=trial.told)

@@ -9,11 +9,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 
-import hypothesis
-from hypothesis import Phase, Verbosity, given, settings
+from hypothesis import Phase, Verbosity, settings
 
 from adapter import OlmoArchitectureAdapter
 from conformance.checks import REGISTRY, judge, require
+from conformance.draws import drawing
 from conformance.mutants.catalogue import Mutant
 from conformance.profiles import profile
 from conformance.run import property_settings
@@ -111,13 +111,12 @@ def kill(
 
     bound = settings(
         property_settings(check, profile("ci")),
-        derandomize=False,
         phases=(Phase.generate,),
         verbosity=Verbosity.quiet,
     )
     if examples is not None:
         bound = settings(bound, max_examples=examples)
-    drawn = hypothesis.seed(seed)(bound(given(case=check.cases())(one)))
+    drawn = drawing(one, check.cases(), bound, seed=seed)
     with mutant.apply(), suppress(ConformanceError, OutOfTime), _limited(cap):
         drawn()
     seconds = time.perf_counter() - start

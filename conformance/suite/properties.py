@@ -6,10 +6,10 @@ from collections.abc import Callable
 from functools import cache, wraps
 
 import pytest
-from hypothesis import given
 
 from conformance.checks import Check
 from conformance.checks.registry import Adapter
+from conformance.draws import drawing
 from conformance.profiles import uses_ledger
 from conformance.run import known_of, property_settings, selected_adapter
 from conformance.spec import Case
@@ -44,7 +44,7 @@ def as_test(check: Check) -> Callable[[], None]:
 
     test.__name__ = test.__qualname__ = f"test_{check.name.replace('.', '_')}"
     test.__doc__ = check.promise
-    drawn: Callable[[], None] = property_settings(check)(given(case=check.cases())(test))
+    drawn = drawing(test, check.cases(), property_settings(check))
 
     @wraps(drawn)
     def whole() -> None:

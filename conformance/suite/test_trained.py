@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, settings
 
 from conformance.checks import REGISTRY, Check, require
+from conformance.draws import drawing
 from conformance.profiles import chosen
 from conformance.run import property_settings
 from conformance.spec import Case
@@ -24,7 +25,7 @@ def drawn(check: Check, count: int) -> list[Case]:
     """Cases of a check, without the first draw: that is always the simplest there is."""
     cases: list[Case] = []
     kept = settings(property_settings(check), max_examples=count + 1, phases=[Phase.generate])
-    kept(given(case=check.cases())(lambda case: cases.append(case)))()
+    drawing(lambda case: cases.append(case), check.cases(), kept)()
     return cases[1:]
 
 
