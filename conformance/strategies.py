@@ -106,8 +106,8 @@ TRAININGS = st.sampled_from((False, False, True, True))
 PREPARATIONS = st.sampled_from((True, False))
 TOKEN_SEEDS = st.sampled_from(range(2**18))
 
-# Whatever is drawn, one case in twenty is a freshly built one: building is under test as well. Not
-# all series are of the greatest length; Hypothesis draws short ones more often than they stand here.
+# Whatever is drawn, one case in twenty is a freshly built one: building is under test as well. Some
+# series are shorter, and Hypothesis draws these more often than they stand here.
 MOST_RERUNS = 19
 FEWEST_RERUNS = st.sampled_from((0, *(MOST_RERUNS,) * 39))
 
