@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from conformance.subjects import at_work, bridged, reference
 )
 def batchless(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """A hook on every site, and a backward hook on all but the LayerNorms' derived ones."""
-    case = in_one_forward(replace(case, tokens=case.tokens[:1]), batch=1)
+    case = in_one_forward(case, batch=1)
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
     bridge: Any = bridge_of(subject)
     data, every = inputs(case), sites_of(subject, case)

@@ -44,7 +44,8 @@ def blaming(subject: Subject, stage: str) -> AbstractContextManager[None]:
 
 def in_one_forward(case: Case, **changes: Any) -> Case:
     """The same case with its whole input fed at once, and other changes of its run."""
-    return replace(case, run=replace(case.run, chunks=1, **changes))
+    run = replace(case.run, chunks=1, **changes)
+    return replace(case, run=run, tokens=case.tokens[: run.batch])
 
 
 def drawing(case: Case) -> Callable[[int], int]:
