@@ -130,7 +130,9 @@ def _change(case: Case) -> tuple[str, Case, Callable[[Any], None]]:
     turned = _set_frequencies if model.rope_type != "dynamic" else _set_scaling
     if seed % 3 == 0:
         once = model.clip_qkv
-        clip = 0.3 if once is None else (None, once / 2)[seed // 3 % 2]
+        # The int is as an 8 in the place of 8.0 in a file.
+        clips: tuple[float | None, ...] = (0.3, 1) if once is None else (None, once / 2, 1)
+        clip = clips[seed // 3 % len(clips)]
         after = replace(case, model=replace(model, clip_qkv=clip))
         return f"clip_qkv={clip}", after, lambda hf: _set_clip(hf, clip)
     ways: tuple[tuple[str, Callable[[Any], None]], ...] = (
