@@ -14,7 +14,7 @@ from hypothesis.strategies import SearchStrategy
 from conformance.checks.forward import logits_gap
 from conformance.checks.layernorm import wide_cases
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of, in_one_forward
+from conformance.checks.support import bridge_of, drawing, in_one_forward
 from conformance.compare import Gap, bitwise, compare_parameters, within
 from conformance.inputs import Inputs, derived_positions, inputs
 from conformance.observe import observe
@@ -128,12 +128,35 @@ def masked_cases() -> SearchStrategy[Case]:
     return cases(runs=partial(run_specs, chunks=st.just(1), **narrower))
 
 
+def _seen(mask: torch.Tensor) -> torch.Tensor:
+    """Which keys each query sees, ``[batch, 1, query, key]``."""
+    length = mask.shape[1]
+    return torch.ones(length, length, dtype=torch.bool).tril() & mask.bool()[:, None, None]
+
+
+def soft_mask(seen: torch.Tensor, heads: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """An additive mask that leaves more of some keys than of others, as ALiBi's does.
+
+    Args:
+        seen: Which keys a query sees at all, ``[batch, 1, query, key]``.
+        heads: Number of heads, each with biases of its own.
+        dtype: Of the mask.
+        seed: Draws the biases.
+
+    Returns:
+        ``[batch, head, query, key]``
+    """
+    draw = torch.Generator().manual_seed(seed)
+    batch, _, *queries_keys = seen.shape
+    biases = torch.randn((batch, heads, *queries_keys), generator=draw).to(dtype)
+    return biases.masked_fill(~seen, torch.finfo(dtype).min)
+
+
 def _forms(mask: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, bool]]:
     """A mask of 0 and 1 said in other ways: name, mask, and whether positions follow from it."""
     for kind in (torch.bool, torch.int32, torch.uint8, torch.float32, dtype):
         yield f"{kind} mask", mask.to(kind), True
-    length = mask.shape[1]
-    seen = torch.ones(length, length, dtype=torch.bool).tril() & mask.bool()[:, None, None]
+    seen = _seen(mask)
     yield "boolean 4-D mask", seen, False
     blocked = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
     yield "additive 4-D mask", blocked, False
@@ -141,24 +164,38 @@ def _forms(mask: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[str, torch.
 
 @check(
     "calls.masks",
-    "A mask of any boolean, integer or floating type, [batch, pos] or four-dimensional, means what "
-    "it means to Hugging Face as integers.",
+    "A mask of any boolean, integer or floating type, [batch, pos] or four-dimensional, of tokens "
+    "or of embeddings, means what it means to Hugging Face as integers; one of biases, another for "
+    "each head, what it means to Hugging Face.",
     masked_cases,
     examples=0.25,
 )
 def masks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Every form, against the reference's int64. A 4-D mask comes with its positions."""
     case = in_one_forward(case, training=False)
-    data = inputs(case)
+    data, draw = inputs(case), drawing(case)
     if data.attention_mask is None:
         raise NotApplicable("nothing is padded: there is no mask")
-    expected = observe(reference(case.model), case, backward=False).logits
+    truth = reference(case.model)
+    expected = observe(truth, case, backward=False).logits
     bridge = bridge_of(bridged(case.model, adapter, prepared=case.run.prepared)).eval()
+    words = truth.model.model.embed_tokens(data.tokens).detach()
+    sources = {"tokens": data.tokens, "embeddings": words}
     for name, mask, is_flat in _forms(data.attention_mask, expected.dtype):
         given = {**told(case, data, derived=not is_flat), "attention_mask": mask}
-        with at_work(name), torch.no_grad():
+        for kind, source in sources.items():
+            with at_work(f"{name}, {kind}"), torch.no_grad():
+                actual = bridge(source, **given)
+            yield from bitwise(f"logits, {name}, {kind}", expected, actual)
+    dtype = (expected.dtype, torch.float32)[draw(2)]
+    heads = case.model.num_attention_heads
+    mask = soft_mask(_seen(data.attention_mask), heads, dtype, case.run.token_seed)
+    given = {**told(case, data, derived=True), "attention_mask": mask}
+    with torch.no_grad():
+        expected = truth.model.train(False)(data.tokens, **given).logits
+        with at_work("biases"):
             actual = bridge(data.tokens, **given)
-        yield from bitwise(f"logits, {name}", expected, actual)
+    yield from bitwise(f"logits, biases of {dtype}", expected, actual)
 
 
 def single_rows() -> SearchStrategy[Case]:

@@ -14,8 +14,9 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
 from conformance.alone import Call, Drawer, run_alone, watched
+from conformance.checks.calls import soft_mask
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import exact_gaps
+from conformance.checks.support import drawing, exact_gaps
 from conformance.compare import Gap
 from conformance.parts import Part, parameter, parts
 from conformance.points import hook_points
@@ -152,11 +153,18 @@ def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
 
 
+def _added(case: Case, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What may be added to scores to mask them: every other time it has biases for each head."""
+    if drawing(case)(2):
+        return _additive(seen, dtype)
+    return soft_mask(seen, case.model.num_attention_heads, dtype, case.run.token_seed)
+
+
 @check(
     "components.attention",
     "An attention alone gives the output, pattern, cached keys and values and gradients of its "
     "Hugging Face module, in every dtype, in chunks over a cache, with dropout in training, under "
-    "an additive or a boolean mask, and causally without one.",
+    "an additive mask, soft or not, or a boolean one, and causally without one.",
     cases,
     examples=0.5,
 )
@@ -166,9 +174,10 @@ def attention(adapter: Adapter, case: Case) -> Iterator[Gap]:
     (part,) = (part for part in drawn_parts(case) if part.path.endswith(".attn"))
     seen = draw.seen()
     drawn, causal = (_additive(each, draw.dtype) for each in (seen, torch.ones_like(seen).tril()))
-    calls = _calls(pair, draw, drawn, seen, causal, None)
+    added = _added(case, seen, draw.dtype)
+    calls = _calls(pair, draw, drawn, seen, causal, None, added)
     for kind, (ours, theirs) in {
-        "an additive mask": (calls[0], calls[0]),
+        "an additive mask": (calls[4], calls[4]),
         "a boolean mask": (calls[1], calls[0]),
         "no mask": (calls[3], calls[2]),
     }.items():
@@ -186,6 +195,6 @@ def attention(adapter: Adapter, case: Case) -> Iterator[Gap]:
 def block(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Called as a model calls it, by keywords."""
     pair, draw = wired(adapter, case), Drawer(case)
-    (calls,) = _calls(pair, draw, _additive(draw.seen(), draw.dtype))
+    (calls,) = _calls(pair, draw, _added(case, draw.seen(), draw.dtype))
     (part,) = (part for part in drawn_parts(case) if _is_block(part))
     yield from pair.gaps(part, calls, cached=case.run.use_cache)
