@@ -14,7 +14,7 @@ from conformance.compare import Gap, bitwise
 from conformance.inputs import Inputs, derived_positions, inputs
 from conformance.observe import started
 from conformance.spec import Case
-from conformance.subjects import at_work, bridged, reference
+from conformance.subjects import Subject, at_work, bridged, reference
 from conformance.verdict import NotApplicable
 
 
@@ -65,7 +65,8 @@ def _ways(
     "calls.spelled",
     "What a call is given by position, under TransformerLens' older names, or by way of "
     "run_with_hooks and run_with_cache, on tokens and on embeddings, means what it means by name; "
-    "loss_fn is the loss of a forward, and a mask of every query that of its tokens.",
+    "loss_fn is the loss of a forward, and a mask of every query that of its tokens; one row of "
+    "position_ids is every row's, as it is to Hugging Face.",
     masked_cases,
     examples=0.3,
 )
@@ -78,7 +79,8 @@ def spelled(adapter: Adapter, case: Case) -> Iterator[Gap]:
     if mask is None:
         raise NotApplicable("nothing is padded: there is no mask")
     embedded = bool(draw(2))
-    words = reference(case.model).model.model.embed_tokens(data.tokens).detach()
+    truth = reference(case.model)
+    words = truth.model.model.embed_tokens(data.tokens).detach()
     source = words if embedded else data.tokens
     said = {
         "return_type": ("logits", "loss", "both", None)[draw(4)],
@@ -97,6 +99,19 @@ def spelled(adapter: Adapter, case: Case) -> Iterator[Gap]:
             yield from _differing(label, due, got)
         yield from _losses(bridge, data, each=bool(draw(2)))
         yield from _older_flag(bridge, data)
+        positions = torch.tensor([[draw(case.model.max_position_embeddings) for _ in words[0]]])
+        yield from _one_row(truth, bridge, source, {**rest, "position_ids": positions}, mask)
+
+
+def _one_row(
+    truth: Subject, bridge: Any, source: torch.Tensor, given: dict[str, Any], mask: torch.Tensor
+) -> Iterator[Gap]:
+    """The logits of several rows at the positions of one, under a mask of theirs."""
+    name = "inputs_embeds" if source.is_floating_point() else "input_ids"
+    due = truth.model.train(False)(**{name: source}, attention_mask=mask, **given).logits
+    with at_work("one row of positions"):
+        got = bridge(source, attention_mask=mask, **given)
+    yield from bitwise("logits, one row of positions", due, got)
 
 
 def _losses(bridge: Any, data: Inputs, *, each: bool) -> Iterator[Gap]:
