@@ -321,15 +321,24 @@ def clipped_cases() -> SearchStrategy[Case]:
     return cases(models=model_specs(clips=clip_present()))
 
 
+def _block(edit: Edit) -> int:
+    """The block that an edit is in, or -1."""
+    blocks, _, rest = edit.site.partition(".")
+    return int(rest.partition(".")[0]) if blocks == "blocks" else -1
+
+
 def on_trained(case: Case) -> Case:
     """The same run of the trained model, on real text.
 
-    It has as many layers as any drawn model, so that every site is there, and grouped heads and a
-    clip, but no biases. Of the drawn model the dtype and the dropout stay.
+    It has as many layers as nearly any drawn model, and grouped heads and a clip, but no biases. Of
+    the drawn model the dtype and the dropout stay; of a run, what the trained model has room for.
     """
     text, run = held_out_tokens(), case.run
+    model = replace(trained(case.model.dtype), attention_dropout=case.model.attention_dropout)
+    length = min(run.seq_len, model.max_position_embeddings)
+    there = (edit for edit in run.edits if _block(edit) < model.num_hidden_layers)
+    run = replace(run, seq_len=length, chunks=min(run.chunks, length), edits=tuple(there))
     room = len(text) - run.seq_len
     starts = ((run.token_seed + row * run.seq_len) % room for row in range(run.batch))
-    model = replace(trained(case.model.dtype), attention_dropout=case.model.attention_dropout)
     tokens = tuple(text[start : start + run.seq_len] for start in starts)
     return Case(model=model, run=run, tokens=tokens)

@@ -1,10 +1,11 @@
-"""Longer inputs and further positions than other checks draw."""
+"""Longer inputs, further positions, more and wider heads than other checks draw."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from math import sqrt
 
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
@@ -12,19 +13,41 @@ from hypothesis.strategies import SearchStrategy
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import drawing, everywhere_gaps, has_exact, in_one_forward
 from conformance.compare import Gap
-from conformance.spec import POSITIONS, Case
+from conformance.spec import POSITIONS, Case, ModelSpec
 from conformance.strategies import cases, model_specs, run_specs
 from conformance.subjects import bridged, patched, reference
 
-ROOMS = st.sampled_from((48, 4096))
-LENGTHS = st.integers(25, 96)  # what the trained model has room for
+ROOMS = st.sampled_from((48, 4096, 4096))
+# Half of them beyond windows of 128, the last beyond 1024. The trained model has room for 96.
+LENGTHS = st.sampled_from((25, 39, 64, 80, 95, 96, 129, 150, 200, 257, 300, 1100))
 BATCHES = st.integers(1, 2)
+# Heads, key-value heads and sizes of a head, up to those of published models; None changes nothing.
+SIZES = st.sampled_from(
+    (*(None,) * 5, (2, 1, 64), (8, 2, 32), (16, 4, 16), (32, 8, 4), (1, 1, 128), (8, 8, 32))
+)
+
+
+def _sized(model: ModelSpec, size: tuple[int, int, int] | None) -> ModelSpec:
+    """The model with heads of that size, whose projections and clip are as large as they were."""
+    if size is None:
+        return model
+    n_heads, n_kv, d_head = size
+    hidden = n_heads * d_head if model.head_dim is None else model.hidden_size
+    return replace(
+        model,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_kv,
+        head_dim=model.head_dim and d_head,
+        hidden_size=hidden,
+        weight_scale=model.weight_scale * sqrt(model.hidden_size / hidden),
+    )
 
 
 def long_cases() -> SearchStrategy[Case]:
     """Cases of more tokens than a window, a block of queries or a small table would hold."""
+    drawn = model_specs(rooms=ROOMS, layers=st.integers(1, 2))
     return cases(
-        models=model_specs(rooms=ROOMS, layers=st.integers(1, 2)),
+        models=st.builds(_sized, drawn, SIZES),
         runs=partial(
             run_specs, lengths=LENGTHS, batches=BATCHES, positions=st.sampled_from(POSITIONS)
         ),
@@ -33,8 +56,9 @@ def long_cases() -> SearchStrategy[Case]:
 
 @check(
     "forward.long",
-    "On dozens of tokens, and at positions beyond max_position_embeddings, every value and every "
-    "gradient of the bridged and of the exactly patched model is the reference's.",
+    "On dozens and hundreds of tokens, at positions beyond max_position_embeddings, with as many "
+    "and as wide heads as published models have, every value and every gradient of the bridged and "
+    "of the exactly patched model is the reference's.",
     long_cases,
     examples=0.2,
 )
