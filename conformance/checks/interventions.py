@@ -24,8 +24,15 @@ from conformance.observe import observe, sites_of
 from conformance.points import hook_points
 from conformance.recorder import Observation, Recorder
 from conformance.sites import POST_CLIP, fired_rows
-from conformance.spec import EDITS, Case, ModelSpec, RunSpec
-from conformance.strategies import cases, clip_present, edits, model_specs, run_specs
+from conformance.spec import EDITS, Case, Edit, ModelSpec, RunSpec
+from conformance.strategies import (
+    EDIT_SEEDS,
+    cases,
+    clip_present,
+    edits,
+    model_specs,
+    run_specs,
+)
 from conformance.subjects import bridged, reference
 from conformance.verdict import NotApplicable
 
@@ -72,6 +79,29 @@ def edited_cases() -> SearchStrategy[Case]:
     return cases(runs=lambda model: edited_runs(model, most=4))
 
 
+# Of what all sites of a block can bear at once: nothing that leaves nothing for the next to change.
+_BEARABLE = st.sampled_from(("scale", "noise", "one_head", "one_position"))
+_DEPTHS = st.sampled_from((*(1, 1, 1, 2, 2, 2, 3) * 9, 5, 5, 11))
+_INNER = tuple(dict.fromkeys(row for row in _ROWS if "{i}" in row))
+
+
+def returned_cases() -> SearchStrategy[Case]:
+    """As `edited_cases`; or a deep model, with an edit at every site of a block far up."""
+
+    def everywhere(block: int, kind: str, seed: int) -> tuple[Edit, ...]:
+        sites = (row.replace("{i}", str(block)) for row in _INNER)
+        return tuple(Edit(site=site, kind=kind, seed=seed + at) for at, site in enumerate(sites))
+
+    def runs(model: ModelSpec) -> SearchStrategy[RunSpec]:
+        if model.num_hidden_layers < 4:
+            return edited_runs(model, most=4)
+        far_up = st.sampled_from(range(3, model.num_hidden_layers))
+        some = st.builds(everywhere, far_up, _BEARABLE, EDIT_SEEDS)
+        return run_specs(model, edits=some, lengths=st.integers(1, 5), batches=st.integers(1, 2))
+
+    return cases(models=model_specs(layers=_DEPTHS), runs=runs)
+
+
 def in_place_cases() -> SearchStrategy[Case]:
     """Cases with one edit that changes the tensor where it lies."""
     return cases(runs=lambda model: edited_runs(model, kinds=("in_place",), most=1))
@@ -81,11 +111,11 @@ def in_place_cases() -> SearchStrategy[Case]:
     "interventions.returned",
     "An edit that a hook returns, at any site, has on every later value, on the logits and on "
     "every gradient the effect that it has where Hugging Face computes the tensor.",
-    edited_cases,
+    returned_cases,
     examples=2.0,
 )
 def returned(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Up to four edits at once, backward hooks on everything but the LayerNorms' derived sites."""
+    """Up to four edits, or a block full; backward hooks on all but the derived sites."""
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
     every = sites_of(subject, case)
     plain = {name: site for name, site in every.items() if not site.derived}
