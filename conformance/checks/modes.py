@@ -14,7 +14,12 @@ from hypothesis.strategies import SearchStrategy
 from conformance.checks.forward import logits_gap
 from conformance.checks.interventions import edited_runs
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import forward_as_it_is, in_one_forward, sites_to_hook
+from conformance.checks.support import (
+    drawing,
+    forward_as_it_is,
+    in_one_forward,
+    sites_to_hook,
+)
 from conformance.compare import (
     Gap,
     bitwise,
@@ -29,13 +34,14 @@ from conformance.spec import EDITS, Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs, run_specs
 from conformance.subjects import Subject, at_work, bridged, reference
 
-DROPS = st.sampled_from((0.5, 0.1, 0.9))
+_DROPS = (0.5, 0.1, 0.9, 0.25, 0.37, 0.0625)
+DROPS = st.sampled_from(_DROPS)
 
 
 def dropping_cases() -> SearchStrategy[Case]:
     """Cases in train mode whose attention drops, or would if it did not drop nothing."""
     runs = partial(run_specs, trainings=st.just(True))
-    drops = st.sampled_from((0.5, 0.1, 0.9, 0.0))
+    drops = st.sampled_from((*_DROPS, 0.0, 0.0))
     return cases(models=model_specs(dropouts=drops), runs=runs)
 
 
@@ -217,7 +223,7 @@ def inferring_cases() -> SearchStrategy[Case]:
 @check(
     "modes.inference",
     "Under torch.inference_mode every value is the reference's, edits in place included, and a "
-    "training step after it has the reference's gradients.",
+    "training step after it has the reference's gradients, whatever torch's default dtype is then.",
     inferring_cases,
     examples=0.35,
 )
@@ -231,6 +237,13 @@ def inference(adapter: Adapter, case: Case) -> Iterator[Gap]:
         actual = observe(subject, case, sites=every, backward=False)
         yield from compare_values(expected, actual, every)
     plain = replace(case, run=replace(case.run, edits=()))
-    expected, actual = observe(truth, plain), observe(subject, plain)
-    yield from labelled("afterwards", logits_gap(expected, actual))
-    yield from labelled("afterwards", compare_parameters(expected, actual))
+    before = torch.get_default_dtype()
+    default = (before, torch.float64, torch.bfloat16)[drawing(case)(3)]
+    torch.set_default_dtype(default)
+    try:
+        expected, actual = observe(truth, plain), observe(subject, plain)
+    finally:
+        torch.set_default_dtype(before)
+    label = f"afterwards, with {default} by default"
+    yield from labelled(label, logits_gap(expected, actual))
+    yield from labelled(label, compare_parameters(expected, actual))
