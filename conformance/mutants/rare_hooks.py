@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from adapter.hooks import OlmoHookPoint
-from conformance.mutants.catalogue import mutant
+from conformance.mutants.catalogue import Make, add, mutant
 
 
 @mutant("training.steering_frozen", "a frozen model", "training.frozen", OlmoHookPoint, "__call__")
@@ -19,3 +19,40 @@ def steering_frozen(original: Any) -> Any:
         return result if x.requires_grad else result.detach()
 
     return call
+
+
+def _by_memory(x: torch.Tensor) -> torch.Tensor:
+    """What lies in a tensor's memory, from its beginning, in the tensor's shape."""
+    room = min(x.untyped_storage().nbytes() // x.element_size(), x.numel())
+    times = -(-x.numel() // room)
+    return x.as_strided((room,), (1,), 0).repeat(times)[: x.numel()].view(x.shape)
+
+
+def _reading_memory(site: str) -> Make:
+    """Hook points at a site take what a hook returns for contiguous."""
+
+    def make(original: Any) -> Any:
+        def add_hook(self: Any, hook: Any, *args: Any, **kwargs: Any) -> Any:
+            def reading(tensor: torch.Tensor, hook: Any, inner: Any = hook) -> Any:
+                returned = inner(tensor, hook=hook)
+                strided = returned is not None and not returned.is_contiguous()
+                return _by_memory(returned) if strided else returned
+
+            chosen = reading if str(self.name).endswith(site) else hook
+            return original(self, chosen, *args, **kwargs)
+
+        return add_hook
+
+    return make
+
+
+for site in ("attn.hook_pattern", "mlp.hook_out", "blocks.0.hook_in", "hook_rot_q"):
+    add(
+        f"interventions.by_memory_at_{site.replace('.', '_')}",
+        f"what a hook of {site} returns is read as if it lay in one piece",
+        "a strided tensor, or one that is expanded",
+        "interventions.layouts",
+        OlmoHookPoint,
+        "add_hook",
+        _reading_memory(site),
+    )
