@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
+from adapter import attention
 from adapter.hooks import OlmoHookPoint
 from conformance.mutants.catalogue import Make, add, mutant
+from conformance.mutants.modes import in_a_backward
 
 
 @mutant("training.steering_frozen", "a frozen model", "training.frozen", OlmoHookPoint, "__call__")
@@ -56,3 +58,66 @@ for site in ("attn.hook_pattern", "mlp.hook_out", "blocks.0.hook_in", "hook_rot_
         "add_hook",
         _reading_memory(site),
     )
+
+
+@mutant(
+    "flags.recomputed_unedited",
+    "checkpointing, an edit of what a head reads",
+    "firing.recomputed",
+    attention,
+    "project_change",
+)
+def recomputed_unedited(original: Any) -> Any:
+    """What checkpointing computes again lacks the edits of hook_q_input and the like."""
+    return lambda change, *rest: original(change * (0 if in_a_backward() else 1), *rest)
+
+
+@mutant(
+    "flags.autocast_unedited",
+    "an edit of hook_result",
+    "modes.autocast",
+    attention,
+    "head_contributions",
+)
+def autocast_unedited(original: Any) -> Any:
+    """Under autocast what a hook of hook_result returns is lost."""
+
+    def contributions(z: torch.Tensor, projection: Any, *rest: Any) -> Any:
+        output = original(z, projection, *rest)
+        return projection(z) if torch.is_autocast_enabled("cpu") else output
+
+    return contributions
+
+
+add(
+    "flags.autocast_wide",
+    "under autocast edited results of heads leave the output wider than Hugging Face does",
+    "an edit of hook_result",
+    "modes.autocast",
+    attention,
+    "head_contributions",
+    lambda original: (
+        lambda *args: (
+            original(*args).float() if torch.is_autocast_enabled("cpu") else original(*args)
+        )
+    ),
+)
+
+
+@mutant(
+    "flags.inference_empty",
+    "use_attn_result",
+    "modes.inference",
+    attention,
+    "head_contributions",
+)
+def inference_empty(original: Any) -> Any:
+    """Under inference mode hook_result shows zeros, and what it returns is lost."""
+
+    def contributions(z: torch.Tensor, projection: Any, d_head: int, hook: Any) -> Any:
+        if not torch.is_inference_mode_enabled():
+            return original(z, projection, d_head, hook)
+        hook(z.new_zeros(*z.shape[:2], z.shape[-1] // d_head, projection.out_features))
+        return projection(z)
+
+    return contributions
