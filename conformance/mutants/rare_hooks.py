@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from adapter import attention
-from adapter.hooks import OlmoHookPoint
+from adapter.compatibility import OlmoTransformerBridge
+from adapter.hooks import OlmoHookPoint, is_hooked
 from conformance.mutants.catalogue import Make, add, mutant
 from conformance.mutants.modes import in_a_backward
 
@@ -121,3 +123,93 @@ def inference_empty(original: Any) -> Any:
         return projection(z)
 
     return contributions
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+def _reverse(x: torch.Tensor) -> torch.Tensor:
+    return x.flip(min(1, x.ndim - 1))
+
+
+def _on_gradients(option: str, spoil: Callable[[torch.Tensor], torch.Tensor]) -> Make:
+    """The gradients of run_with_cache(incl_bwd=True) are spoiled under another option."""
+
+    def make(original: Any) -> Any:
+        def run_with_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output, cache = original(self, *args, **kwargs)
+            for name in list(cache.keys()) if kwargs.get(option) is not None else ():
+                if name.endswith("_grad"):
+                    cache[name].copy_(spoil(cache[name]))
+            return output, cache
+
+        return run_with_cache
+
+    return make
+
+
+for name, breaks, option, spoil in (
+    ("sliced", "with a pos_slice the kept gradients are in reverse", "pos_slice", _reverse),
+    ("batchless", "without a batch the kept gradients are doubled", "remove_batch_dim", _double),
+):
+    add(
+        f"caching.gradients_{name}",
+        breaks,
+        option,
+        "caching.incl_bwd",
+        OlmoTransformerBridge,
+        "run_with_cache",
+        _on_gradients(option, spoil),
+    )
+
+
+class _Deaf(OlmoHookPoint):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@mutant(
+    "hook_api.added_midway",
+    "a hook that adds a hook",
+    "hook_api.order",
+    OlmoTransformerBridge,
+    "forward",
+)
+def added_midway(original: Any) -> Any:
+    """A hook point where nothing was hooked when a forward began has no hooks in it."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        points = [point for point in self.hook_dict.values() if not is_hooked(point)]
+        for point in points:
+            point.__class__ = _Deaf
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            for point in points:
+                point.__class__ = OlmoHookPoint
+
+    return forward
+
+
+@mutant(
+    "hook_api.removed_midway",
+    "a hook that removes a hook",
+    "hook_api.order",
+    OlmoTransformerBridge,
+    "forward",
+)
+def removed_midway(original: Any) -> Any:
+    """remove_hooks() of a hook point does nothing while a forward runs."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        points = {id(point): point for point in self.hook_dict.values()}.values()
+        for point in points:
+            vars(point)["remove_hooks"] = lambda *args, **kwargs: None
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            for point in points:
+                del vars(point)["remove_hooks"]
+
+    return forward
