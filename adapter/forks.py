@@ -78,12 +78,14 @@ def head_contributions(
         hook: Fires on the summands, ``[batch, pos, head, d_model]``.
 
     Returns:
-        ``[batch, pos, d_model]``: positions without an edit keep the plain projection's value.
+        ``[batch, pos, d_model]``: positions without an edit keep the plain projection's value. The
+        dtype is the plain projection's: under autocast a bias is wider than that.
     """
     weight = weight_of(projection).view(projection.out_features, -1, d_head)
     summands = torch.einsum("bphd,mhd->bphm", z.view(*z.shape[:-1], -1, d_head), weight)
     hooked = hook(summands.clone())
-    connected = projection(z) + (hooked - summands).sum(2)
+    plain: torch.Tensor = projection(z)
+    connected = plain + (hooked - summands).sum(2)
     rebuilt = hooked.sum(2) if projection.bias is None else hooked.sum(2) + projection.bias
     edited = (hooked != summands).flatten(2).any(-1, keepdim=True)
-    return torch.where(edited, rebuilt, connected)
+    return torch.where(edited, rebuilt, connected).to(plain.dtype)

@@ -150,7 +150,8 @@ class Forks(Recorder):
         if not self.seen or not self.led.intersection(behind.get(hook, ())):
             return None
         seen = self.seen.gradients.get(name)
-        return seen if seen is not None and seen.shape == tensor.shape else None
+        alike = seen is not None and (seen.shape, seen.dtype) == (tensor.shape, tensor.dtype)
+        return seen if alike else None
 
     def inputs_of(self, block: str) -> list[str]:
         """The hooks on what a block's heads read."""
@@ -175,12 +176,14 @@ class Forks(Recorder):
             due: What it is through copies.
             touched: Where the two may differ, if they are equal wherever nothing was edited.
         """
+        due = due.to(plain.dtype)  # under autocast a bias is wider than what it is added to
         value = torch.where(touched, due, plain) if self.exact else due
         due = super().visit(names[0], with_gradient_of(value, due))
         shown = [self.seen.values.get(self.key(name)) for name in names] if self.seen else []
         seen = next((tensor for tensor in shown if tensor is not None), None)
         if seen is None or seen.shape != due.shape:
             return due
+        seen = seen.to(plain.dtype)
         return with_gradient_of(torch.where(touched, seen, due) if self.exact else seen, due)
 
     def fork(self, block: str, residual: torch.Tensor) -> None:

@@ -204,6 +204,22 @@ def test_results_of_heads_can_be_ablated_exactly() -> None:
     assert same(cache["blocks.0.attn.o.hook_out"], bias)
 
 
+def test_under_autocast_results_of_heads_leave_the_output_its_dtype() -> None:
+    bridge = models.bridged(models.olmo(attention_bias=True))
+    bridge.set_use_attn_result(True)
+    site = "blocks.0.attn.hook_result"
+    seen: dict[str, Any] = {}
+
+    def keep(tensor: Any, hook: Any) -> None:
+        seen[hook.name] = tensor
+
+    names = ("blocks.0.attn.o.hook_out", "blocks.0.attn.hook_out")
+    hooks = [(site, lambda tensor, hook: tensor * 2), *((name, keep) for name in names)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        bridge.run_with_hooks(TOKENS, fwd_hooks=hooks)
+    assert {tensor.dtype for tensor in seen.values()} == {torch.bfloat16}
+
+
 def test_a_compiled_bridge_is_never_traced() -> None:
     # Traced with this shape on PyTorch 2.6, Hugging Face's own model crashes.
     bridge = models.bridged(models.olmo(**SHAPES["gqa-clip-bias"]))

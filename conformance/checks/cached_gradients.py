@@ -16,12 +16,13 @@ from conformance.checks.hooking import (
     attached,
     changes,
     gradient_gaps,
+    picking,
     run_cached,
     settle,
     value_gaps,
 )
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import in_one_forward
+from conformance.checks.support import drawing, in_one_forward, some_positions
 from conformance.compare import Gap, compare_parameters, compare_tensors
 from conformance.inputs import Inputs, inputs
 from conformance.observe import observe, sites_of
@@ -57,8 +58,8 @@ def _gradient_of_loss(logits: torch.Tensor, data: Inputs) -> tuple[torch.Tensor,
 @check(
     "caching.incl_bwd",
     "run_with_cache(incl_bwd=True) keeps every site's value and gradient, the reference's under "
-    "the same gradient of the logits, under every name asked for, and gives every parameter its "
-    "gradient; that of the logits is the loss's.",
+    "the same gradient of the logits, under every name, at the positions and in the shape asked "
+    "for, and gives every parameter its gradient; that of the logits is the loss's.",
     long_cases,
     examples=0.4,
 )
@@ -67,7 +68,9 @@ def incl_bwd(adapter: Adapter, case: Case) -> Iterator[Gap]:
 
     So that is seen, judged by itself, and sent back through the reference.
     """
-    case = in_one_forward(case)
+    draw = drawing(case)
+    batchless = draw(3) == 0
+    case = in_one_forward(case, **({"batch": 1} if batchless else {}))
     if not _pairs(inputs(case)).any():
         case = replace(case, run=replace(case.run, padding="none"))
     subject, data = bridged(case.model, adapter, prepared=case.run.prepared), inputs(case)
@@ -76,6 +79,13 @@ def incl_bwd(adapter: Adapter, case: Case) -> Iterator[Gap]:
     unfiltered = case.run.token_seed % 4 == 0
     wanted = every if unfiltered else {n: site for n, site in every.items() if not site.derived}
     named: dict[str, Any] = {"incl_bwd": True, "return_type": "loss"}
+    pos_slice, positions = some_positions(case.run.seq_len, draw) if draw(2) else (None, ())
+    if pos_slice is None:
+        positions = range(case.run.seq_len)
+    else:
+        named["pos_slice"] = pos_slice
+    if batchless:
+        named["remove_batch_dim"] = True
     if not unfiltered:
         named["names_filter"] = lambda name: name in wanted
     settle(subject, case)
@@ -94,16 +104,17 @@ def incl_bwd(adapter: Adapter, case: Case) -> Iterator[Gap]:
     gap = compare_tensors("logits", due, seed, allowance, kind="gradient")
     yield from [gap] if gap else []
     for name, site in wanted.items():
+        view = picking(site, positions, batchless=batchless)
         for key in (name, *(site.aliases if unfiltered else ())):
             if key not in cache:
                 yield Gap(key, "missing", "not in the cache")
             else:
-                yield from value_gaps(key, site, expected, cache[key])
+                yield from value_gaps(key, site, expected, cache[key], view)
             if (f"{key}_grad" in cache) != (name in expected.gradients):
                 kind = "extra" if f"{key}_grad" in cache else "missing"
                 yield Gap(f"{key}_grad", kind, "the reference has it on one side only")
             elif name in expected.gradients:
-                yield from gradient_gaps(f"{key}_grad", site, expected, cache[f"{key}_grad"])
+                yield from gradient_gaps(f"{key}_grad", site, expected, cache[f"{key}_grad"], view)
     trained = {name: parameter.grad for name, parameter in subject.parameters.items()}
     actual = Observation(expected.logits, parameter_gradients=trained)
     yield from compare_parameters(expected, actual)

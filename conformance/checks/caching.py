@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from conformance.checks.hooking import (
     attached,
     changes,
+    picking,
     run_cached,
     run_with_cache,
     settle,
@@ -28,7 +29,7 @@ from conformance.edits import edited
 from conformance.inputs import inputs
 from conformance.observe import observe, sites_of
 from conformance.points import hook_points
-from conformance.sites import Port, Site
+from conformance.sites import Site
 from conformance.spec import Case, Edit
 from conformance.strategies import cases
 from conformance.subjects import Subject, at_work, bridged, reference
@@ -120,16 +121,8 @@ def values(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield Gap("parameters", "contract", f"moved, as only the cache should be, to {device}")
 
     def view(site: Site) -> Callable[[torch.Tensor], torch.Tensor]:
-        # Queries, of [batch, head, query, key]; positions come second everywhere else.
-        dim = 2 if site.port in (Port.SCORES, Port.PATTERN) else 1
-        at = torch.tensor(list(wish.positions), dtype=torch.long)
-
-        def look(tensor: torch.Tensor) -> torch.Tensor:
-            picked = tensor.index_select(dim, at)
-            squeezed = wish.named["remove_batch_dim"] and picked.shape[0] == 1
-            return (picked[0] if squeezed else picked).to(device)
-
-        return look
+        pick = picking(site, wish.positions, batchless=wish.named["remove_batch_dim"])
+        return lambda tensor: pick(tensor).to(device)
 
     for name in sorted(set(wish.names) - cache.keys()):
         yield Gap(name, "missing", "not in the cache, though asked for")

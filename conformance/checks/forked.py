@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from transformer_lens.hook_points import HookPoint
 
+from conformance.checks.gates import FORKS, OTHERS
 from conformance.checks.registry import Adapter
-from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values
+from conformance.checks.support import bridge_of, drawing, turn
+from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values, labelled
 from conformance.edits import edited_head
 from conformance.forks import Forks
 from conformance.observe import observe, sites_of
@@ -18,6 +20,8 @@ from conformance.sites import Site, behind_flags, sites
 from conformance.spec import Case, Edit
 from conformance.subjects import Subject, at_work, reference
 from conformance.tolerance import Allowance, of_sum
+
+_KINDS = ("zero", "scale", "noise")
 
 
 def is_exact(adapter: Adapter) -> bool:
@@ -88,12 +92,24 @@ class Pair:
             yield from compare_parameters(self.expected, self.actual, self.parameters)
 
 
-def paired(adapter: Adapter, subject: Subject, case: Case) -> Pair:
+def paired(
+    adapter: Adapter,
+    subject: Subject,
+    case: Case,
+    *,
+    backward: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Pair:
     """Run a bridge, its flags on, and the reference, both with the case's edits behind the flags.
 
-    Only a run in one chunk with no edit in place goes backwards.
+    Args:
+        adapter: The bridge's.
+        subject: The bridge.
+        case: What runs.
+        backward: Go backwards, if the run is in one chunk and no edit in place.
+        dtype: What is computed in; None for the model's.
     """
-    backward = case.run.chunks == 1 and all(edit.kind != "in_place" for edit in case.run.edits)
+    backward &= case.run.chunks == 1 and all(edit.kind != "in_place" for edit in case.run.edits)
     exact, bare, every = is_exact(adapter), without_edits(case), firing(subject, case)
     plain = {name: site for name, site in every.items() if not site.flag}
     edit_behind_flags(subject, case)
@@ -111,9 +127,9 @@ def paired(adapter: Adapter, subject: Subject, case: Case) -> Pair:
         )
 
     def allowed(sizes: Mapping[str, float], through_norm: bool = False) -> dict[str, Allowance]:
-        dtype = getattr(torch, case.model.dtype)
+        rounded = dtype or getattr(torch, case.model.dtype)
         return {
-            name: of_sum(dtype, size, through_norm=through_norm)
+            name: of_sum(rounded, size, through_norm=through_norm)
             for name, size in sizes.items()
             if not pure or name.partition("#")[0] in forks.gates
         }
@@ -127,6 +143,38 @@ def paired(adapter: Adapter, subject: Subject, case: Case) -> Pair:
         allowed(forks.gradient_sizes, through_norm=True),
         allowed(forks.parameter_sizes),
     )
+
+
+def behind_flags_too(
+    adapter: Adapter,
+    subject: Subject,
+    case: Case,
+    *,
+    backward: bool = True,
+    dtype: torch.dtype | None = None,
+) -> Iterator[Gap]:
+    """A third of the cases: what edits behind drawn flags come to, however the bridge is run.
+
+    Only of adapters that declare exact flags: what those of others do `flags.edits` says. See
+    `paired` for the arguments. Where something is computed again, hooks may fire again.
+    """
+    draw = drawing(case)
+    if draw(3) or not is_exact(adapter):
+        return
+    flags = (*FORKS[draw(len(FORKS))], *OTHERS[1 + draw(len(OTHERS) - 1)])
+    made = []
+    for flag in flags:
+        sites = list(behind_flags(case.model, [flag]))
+        kind, site = _KINDS[draw(len(_KINDS))], sites[draw(len(sites))]
+        made.append(Edit(site=site, kind=kind, seed=draw(2**16)))
+    case = replace(case, run=replace(case.run, flags=flags, edits=tuple(made)))
+    turn(subject, flags, True)
+    pair = paired(adapter, subject, case, backward=backward, dtype=dtype)
+    once = replace(pair.actual, fired=tuple(dict.fromkeys(pair.actual.fired)))
+    turn(subject, flags, False)
+    for edit in made:
+        bridge_of(subject).hook_dict[edit.site].remove_hooks()
+    yield from labelled(f"under {', '.join(flags)}", replace(pair, actual=once).gaps())
 
 
 def edited_gaps(adapter: Adapter, subject: Subject, case: Case) -> Iterator[Gap]:

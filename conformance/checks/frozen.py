@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,12 +11,19 @@ from torch import nn
 
 from conformance.checks.modes import DROPS, checkpoint
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import in_one_forward, sites_to_hook
+from conformance.checks.support import drawing, in_one_forward, sites_to_hook
 from conformance.compare import Gap, compare_gradients, compare_parameters, labelled
+from conformance.edits import edited
 from conformance.observe import module_of, observe
-from conformance.spec import Case
+from conformance.recorder import Observation, Recorder
+from conformance.sites import Site
+from conformance.spec import Case, Edit
 from conformance.strategies import cases, model_specs
 from conformance.subjects import Subject, at_work, bridged, reference
+
+# Ways to freeze: the four parts, all but one weight, all but an attention, all but an addition of
+# low rank, and all but what a hook adds. The last two are the usual ones.
+WAYS = (0, 1, 2, 3, 4, 5, 6, 6, 7, 7)
 
 
 def parts_of(subject: Subject) -> list[nn.Module]:
@@ -59,9 +66,54 @@ def _projection(subject: Subject, block: int, letter: str) -> nn.Module:
     return found
 
 
+class _Steering(Recorder):
+    """Adds something trained to the tensor at one site, as steering and dictionaries do it.
+
+    It has the shape of the whole tensor. The gradient of a vector is a sum, whose order would be
+    for the memory's layout to say.
+
+    Args:
+        site: Where.
+        parameters: What is trained of the subject; the addition joins it once its shape is known.
+    """
+
+    def __init__(self, site: str, parameters: dict[str, nn.Parameter]) -> None:
+        self._site, self._parameters = site, parameters
+
+    def begin(self, case: Case) -> None:
+        """Edit the one site."""
+        super().begin(case)
+        self.edits = {self._site: Edit(site=self._site, kind="noise", seed=case.run.token_seed)}
+
+    def edit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor with the addition, which is noise, if it is the site's."""
+        if name not in self.edits:
+            return tensor
+        noise = edited(self.edits[name], torch.zeros_like(tensor))
+        self._parameters["added"] = nn.Parameter(noise)
+        return tensor + self._parameters["added"]
+
+
+def _way(case: Case) -> int:
+    return WAYS[case.run.token_seed % len(WAYS)]
+
+
+def _hooked(subject: Subject, case: Case, sites: Mapping[str, Site]) -> Observation:
+    """What a subject shows with everything hooked, and maybe with something trained at a site."""
+    if _way(case) < 7 and case.run.token_seed // len(WAYS) % 2:
+        return observe(subject, case, sites=sites)
+    # Not cosines and sines: their gradients are sums too.
+    none = ("embed.hook_in", "rotary_emb.hook_in", "hook_cos", "hook_sin")
+    names = [name for name in sites if not name.endswith(none)]
+    site = names[drawing(case)(len(names))]
+    parameters = dict(subject.parameters)
+    adding = _Steering(site, parameters)
+    return observe(replace(subject, parameters=parameters), case, sites=sites, recorder=adding)
+
+
 def freeze(subject: Subject, case: Case) -> Subject:
     """Freeze what the case's seed says; the subject with what is trained beside its weights."""
-    way = case.run.token_seed % 7
+    way = _way(case)
     parts = parts_of(subject)
     if way < len(parts):
         parts[way].requires_grad_(False)
@@ -72,7 +124,7 @@ def freeze(subject: Subject, case: Case) -> Subject:
         subject.parameters[names[case.run.token_seed % len(names)]].requires_grad_(True)
     elif way == 5:  # all but an attention
         parts[1].requires_grad_(True)
-    else:
+    elif way == 6:
         added = _LowRank(subject, case).parameters
         return replace(subject, parameters={**subject.parameters, **added})
     return subject
@@ -80,9 +132,9 @@ def freeze(subject: Subject, case: Case) -> Subject:
 
 @check(
     "training.frozen",
-    "With requires_grad_(False) on parts, or on all but a low-rank addition, the gradients that "
-    "remain, at the hooks too, are the reference's, under checkpointing as well, and there is no "
-    "other.",
+    "With requires_grad_(False) on parts, on all but a low-rank addition, or on all but what a hook "
+    "adds, the gradients that remain, at the hooks too, and of what a hook adds, are the "
+    "reference's, under checkpointing as well, and there is no other.",
     lambda: cases(models=model_specs(dropouts=DROPS)),
     examples=0.35,
 )
@@ -98,7 +150,7 @@ def frozen(adapter: Adapter, case: Case) -> Iterator[Gap]:
     bare = observe(truth, case)
     yield from labelled("bare", compare_parameters(bare, observe(subject, case)))
     sites = sites_to_hook(subject, case)
-    expected, actual = observe(truth, case, sites=sites), observe(subject, case, sites=sites)
+    expected, actual = _hooked(truth, case, sites), _hooked(subject, case, sites)
     yield from compare_gradients(expected, actual, sites)
     yield from compare_parameters(expected, actual)
     if checkpointed:

@@ -15,8 +15,15 @@ from transformer_lens.hook_points import HookPoint
 from conformance.checks.hooking import some_sites
 from conformance.checks.interventions import edited_runs
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import in_one_forward
-from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values
+from conformance.checks.support import drawing, in_one_forward
+from conformance.compare import (
+    Gap,
+    bitwise,
+    compare_gradients,
+    compare_parameters,
+    compare_values,
+    labelled,
+)
 from conformance.edits import edited
 from conformance.inputs import inputs
 from conformance.observe import observe, sites_of
@@ -63,11 +70,47 @@ def chained_cases() -> SearchStrategy[Case]:
     return cases(runs=partial(edited_runs, kinds=KINDS, most=1, rows=names))
 
 
+def _midway(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """A hook that adds the edit later in the same forward, and takes off another one.
+
+    Nothing else is hooked: where something is, a hook point may be at work already.
+    """
+    subject, (edit,) = bridged(case.model, adapter, prepared=case.run.prepared), case.run.edits
+    points, draw = hook_points(subject), drawing(case)
+    names = [name for name in sites_of(subject, case) if name in points]
+    before = names[: names.index(edit.site)]
+    behind = names[len(before) :]
+    gone: Any = points[behind[draw(len(behind))]]
+    calls: list[str] = []
+
+    def perform(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor:
+        return edited(edit, tensor)
+
+    def removed(tensor: torch.Tensor, hook: HookPoint) -> None:
+        calls.append(str(hook.name))
+
+    def starter(tensor: torch.Tensor, hook: HookPoint) -> None:
+        gone.remove_hooks()
+        points[edit.site].add_hook(perform)
+
+    with at_work("hooks that add and remove hooks"):
+        gone.add_hook(removed)
+        points[before[draw(len(before))]].add_hook(starter)
+    site = {edit.site: sites_of(subject, case)[edit.site]}
+    expected = observe(reference(case.model), case, sites=site)
+    actual = observe(subject, case)
+    yield from bitwise("logits", expected.logits, actual.logits)
+    yield from compare_parameters(expected, actual)
+    for name in calls:
+        yield Gap(name, "count", "a hook that is removed before its turn is called")
+
+
 @check(
     "hook_api.order",
     "Hooks at one place act in the order of their adding, those added with prepend=True before "
     "all others, each on what the one before has left: of the tensor in the forward, of the "
-    "gradient in the backward.",
+    "gradient in the backward. One that another hook adds or removes before its turn in the same "
+    "forward is called, or is not.",
     chained_cases,
     examples=0.4,
 )
@@ -109,6 +152,8 @@ def order(adapter: Adapter, case: Case) -> Iterator[Gap]:
     yield from compare_values(expected, actual, every)
     yield from compare_gradients(expected, actual, plain)
     yield from compare_parameters(expected, actual)
+    if drawing(case)(2):
+        yield from labelled("midway", _midway(adapter, case))
 
 
 @check(

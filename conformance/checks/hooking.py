@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from conformance.inputs import inputs
 from conformance.observe import options, sites_of, started
 from conformance.points import hook_points
 from conformance.recorder import Observation
-from conformance.sites import Site
+from conformance.sites import Port, Site
 from conformance.spec import Case
 from conformance.subjects import Subject, at_work
 from conformance.tolerance import of_gradient, of_value
@@ -121,13 +121,38 @@ def value_gaps(
 
 
 def gradient_gaps(
-    label: str, site: Site, expected: Observation, actual: torch.Tensor
+    label: str,
+    site: Site,
+    expected: Observation,
+    actual: torch.Tensor,
+    view: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> Iterator[Gap]:
     """The gap of one gradient that a hook or a cache has seen, if there is one."""
     allowance = of_gradient(site, expected.values, expected.gradients)
-    due, wider = expected.gradients[site.name], bool(site.derived)
+    due, wider = view(expected.gradients[site.name]), bool(site.derived)
     gap = compare_tensors(label, due, actual, allowance, kind="gradient", any_wider=wider)
     yield from [gap] if gap else []
+
+
+def picking(
+    site: Site, positions: Collection[int], *, batchless: bool
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From a site's tensor to what a cache keeps of it.
+
+    Args:
+        site: The site.
+        positions: The positions that ``pos_slice`` picks.
+        batchless: Without the batch, if that is one row.
+    """
+    # Queries, of [batch, head, query, key]; positions come second everywhere else.
+    dim = 2 if site.port in (Port.SCORES, Port.PATTERN) else 1
+    at = torch.tensor(list(positions), dtype=torch.long)
+
+    def look(tensor: torch.Tensor) -> torch.Tensor:
+        picked = tensor.index_select(dim, at)
+        return picked[0] if batchless and picked.shape[0] == 1 else picked
+
+    return look
 
 
 def some_sites(subject: Subject, case: Case, count: int) -> dict[str, tuple[str, ...]]:

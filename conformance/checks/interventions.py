@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -23,7 +23,7 @@ from conformance.compare import (
 from conformance.observe import observe, sites_of
 from conformance.points import hook_points
 from conformance.recorder import Observation, Recorder
-from conformance.sites import POST_CLIP, fired_rows
+from conformance.sites import POST_CLIP, fired_rows, observable
 from conformance.spec import EDITS, Case, Edit, ModelSpec, RunSpec
 from conformance.strategies import (
     EDIT_SEEDS,
@@ -208,49 +208,71 @@ def clipped(adapter: Adapter, case: Case) -> Iterator[Gap]:
     yield from returned.run(adapter, case)
 
 
-_SPLIT = ("q.hook_out", "k.hook_out", "v.hook_out", "o.hook_in")
-# Joining the heads copies these: what is left strided is multiplied with other roundings.
-_LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "entries before heads": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
-    "heads before positions": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
-}
+def _reordered(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """The same values, with the axes in another order in memory."""
+    order = torch.randperm(x.ndim, generator=torch.Generator().manual_seed(seed)).tolist()
+    back = [order.index(dim) for dim in range(x.ndim)]
+    return x.permute(order).contiguous().permute(back)
 
 
-def _contiguous(
-    change: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor
-) -> torch.Tensor:
-    return change(tensor).contiguous()
+def _cut_out(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """The same values, from the middle of something larger."""
+    dim = seed % x.ndim
+    return torch.cat([x, x, x], dim).narrow(dim, x.shape[dim], x.shape[dim])
+
+
+def _expanded(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """The mean along one axis, whose entries are then one in memory: mean ablation."""
+    dim = seed % (x.ndim - 1)  # not the last: a LayerNorm behind it would leave nothing
+    one = x.mean(dim, keepdim=True) if x.is_floating_point() else x.narrow(dim, 0, 1)
+    return one.expand_as(x)
+
+
+_LAYOUTS = (_reordered, _cut_out, _expanded)
+
+
+class _Laid(Recorder):
+    """Leaves a tensor of a drawn layout at every site.
+
+    Args:
+        sites: The sites.
+        draw: What the layouts are drawn with.
+    """
+
+    def __init__(self, sites: Collection[str], draw: Callable[[int], int]) -> None:
+        self._ways = {name: (_LAYOUTS[draw(len(_LAYOUTS))], draw(12)) for name in sorted(sites)}
+
+    def begin(self, case: Case) -> None:
+        """Edit every site."""
+        super().begin(case)
+        self.edits = {name: Edit(site=name) for name in self._ways}
+
+    def edit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The site's tensor as it is drawn to lie."""
+        if name not in self.edits:
+            return tensor
+        lay, seed = self._ways[name]
+        # A copy: how a product is rounded also depends on where in memory its factors begin.
+        return lay(tensor.clone(memory_format=torch.contiguous_format), seed)
 
 
 @check(
     "interventions.layouts",
-    "What a hook of queries, keys, values or z returns may lie in memory in the order of any "
-    "other axes: its effect is that of a contiguous copy.",
+    "What hooks return may lie in memory in any way, expanded, its axes reordered or cut out of "
+    "something larger, at all sites at once: the effect is that of such tensors in Hugging Face's "
+    "model.",
     lambda: cases(runs=partial(run_specs, chunks=st.just(1))),
     examples=0.2,
 )
 def layouts(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Every layout at one drawn site; an identity of one bridge, forwards and backwards."""
+    """Each site in a layout of its own, the same on both: by it depends how a sum is rounded."""
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
-    draw = drawing(case)
-    block = draw(case.model.num_hidden_layers)
-    site = f"blocks.{block}.attn.{_SPLIT[draw(len(_SPLIT))]}"
-    point = hook_points(subject)[site]
-
-    def hooked(change: Callable[[torch.Tensor], torch.Tensor]) -> Observation:
-        point.add_hook(lambda tensor, hook: change(tensor))
-        try:
-            return observe(subject, case)
-        finally:
-            point.remove_hooks()
-
-    for name, change in _LAYOUTS.items():
-        due = hooked(partial(_contiguous, change))
-        got = hooked(change)
-        yield from labelled(
-            f"{site}, {name}",
-            (
-                *bitwise("logits", due.logits, got.logits),
-                *compare_parameters(due, got),
-            ),
-        )
+    every, required = sites_of(subject, case), observable(case.model)
+    plain = {name: site for name, site in every.items() if not site.derived}
+    # Not behind the clamp: what Hugging Face clamps in place stays where it lies.
+    laid = _Laid(plain.keys() & required.keys(), drawing(case))
+    expected = observe(reference(case.model), case, sites=every, recorder=laid)
+    actual = observe(subject, case, sites=plain, recorder=laid)
+    yield from compare_values(expected, actual, every)
+    yield from compare_gradients(expected, actual, plain)
+    yield from compare_parameters(expected, actual)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from conformance.checks.forked import behind_flags_too
 from conformance.checks.forward import logits_gap
 from conformance.checks.interventions import edited_runs
 from conformance.checks.registry import Adapter, check
@@ -185,7 +186,8 @@ def checkpointing(adapter: Adapter, case: Case) -> Iterator[Gap]:
 @check(
     "modes.autocast",
     "Under torch.autocast, in a short dtype, every value, dtype and gradient is Hugging Face's, "
-    "bit for bit, of models of every dtype, hooked or not.",
+    "bit for bit, of models of every dtype, hooked or not; edits behind flags have the effect of a "
+    "computation from scratch.",
     lambda: cases(
         models=model_specs(
             dtypes=st.sampled_from(("float32",) * 3 + ("bfloat16", "float16", "float64"))
@@ -206,6 +208,7 @@ def autocast(adapter: Adapter, case: Case) -> Iterator[Gap]:
         due, bare = observe(reference(case.model), case), observe(subject, case)
         expected = observe(reference(case.model), case, sites=every)
         actual = observe(subject, case, sites=plain)
+        yield from behind_flags_too(adapter, subject, case, dtype=short)
     yield from compare_values(expected, actual, every)
     if case.run.chunks == 1:
         yield from compare_gradients(expected, actual, plain)
@@ -222,8 +225,9 @@ def inferring_cases() -> SearchStrategy[Case]:
 
 @check(
     "modes.inference",
-    "Under torch.inference_mode every value is the reference's, edits in place included, and a "
-    "training step after it has the reference's gradients, whatever torch's default dtype is then.",
+    "Under torch.inference_mode every value is the reference's, edits in place included, and that "
+    "of a computation from scratch where edits are behind flags; a training step after it has the "
+    "reference's gradients, whatever torch's default dtype is then.",
     inferring_cases,
     examples=0.35,
 )
@@ -236,6 +240,7 @@ def inference(adapter: Adapter, case: Case) -> Iterator[Gap]:
         expected = observe(truth, case, sites=every, backward=False)
         actual = observe(subject, case, sites=every, backward=False)
         yield from compare_values(expected, actual, every)
+        yield from behind_flags_too(adapter, subject, case, backward=False)
     plain = replace(case, run=replace(case.run, edits=()))
     before = torch.get_default_dtype()
     default = (before, torch.float64, torch.bfloat16)[drawing(case)(3)]

@@ -12,6 +12,7 @@ from hypothesis.strategies import SearchStrategy
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformer_lens.hook_points import HookPoint
 
+from conformance.checks.forked import behind_flags_too
 from conformance.checks.hooking import Log, Pairs, run_hooked, value_gaps
 from conformance.checks.interventions import edited_runs
 from conformance.checks.registry import Adapter, check
@@ -94,7 +95,7 @@ def _replay(
     "Under gradient checkpointing (reentrant off), forward hooks inside a block fire once more "
     "when the backward recomputes it, as far as it does, and the others once, both times with the "
     "reference's tensor; backward hooks fire once, in reverse order, with its gradient; an edit "
-    "acts in the recomputation too, also where its hook is gone by then.",
+    "acts in the recomputation too, also where its hook is gone by then, or behind a flag.",
     trained_cases,
     examples=0.4,
 )
@@ -109,6 +110,7 @@ def recomputed(adapter: Adapter, case: Case) -> Iterator[Gap]:
         enable = subject.model.gradient_checkpointing_enable
         enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
     with set_checkpoint_early_stop(not whole):
+        yield from behind_flags_too(adapter, subject, case)
         if case.run.token_seed // 2 % 2:
             yield from labelled("hooks gone by then", _passing(subject, case, expected, plain))
         else:

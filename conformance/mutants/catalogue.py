@@ -59,6 +59,7 @@ CRASHES = {
     "copies.loose_handles",
     "deep.still_starts",
     "deep.still_stops",
+    "interventions.viewed",  # an expanded tensor has less memory than its strides say
     "machine.not_pickled_again",
     "machine.shared_by_copies",
     "patch.no_clone",
