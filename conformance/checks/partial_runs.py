@@ -19,7 +19,7 @@ from conformance.checks.hooking import (
     value_gaps,
 )
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import in_one_forward
+from conformance.checks.support import bridge_of, in_one_forward
 from conformance.compare import (
     Gap,
     bitwise,
@@ -125,6 +125,17 @@ def _gradients(
     arrived = torch.autograd.grad(output, list(sources.values()), probe, allow_unused=True)
     named = dict(zip(sources, arrived, strict=True))
     return Observation(output.detach(), parameter_gradients=named)
+
+
+def output_gaps(truth: Subject, subject: Subject, case: Case) -> Iterator[Gap]:
+    """What a drawn part of a bridge makes of the truth's residual stream there, fed at once."""
+    part, streams = _part(case), _streams(truth, case)
+    entry = inputs(case).tokens if part.start is None else streams[part.start].detach()
+    given = {**_given(subject, case), **part.named}
+    with torch.no_grad(), at_work(f"a forward with {part.named}"), started(subject, case):
+        output = bridge_of(subject)(entry, return_type="logits", **given)
+    due = streams[-1 if part.stop is None else part.stop]
+    yield from bitwise(f"output with {part.named}", due.detach(), output)
 
 
 @check(

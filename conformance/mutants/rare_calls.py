@@ -1,0 +1,51 @@
+"""Faults of what is seldom called, or seldom called so: in compatibility mode, by another name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from adapter.attention import OlmoAttentionBridge
+from adapter.compatibility import OlmoTransformerBridge
+from conformance.mutants.catalogue import mutant
+
+
+@mutant(
+    "processed.starts_late",
+    "compatibility mode, two blocks",
+    "processing.forward",
+    OlmoTransformerBridge,
+    "forward",
+)
+def starts_late(original: Any) -> Any:
+    """In compatibility mode start_at_layer starts one block late."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        start = kwargs.get("start_at_layer")
+        last = len(self.blocks) - 1
+        if start is not None and self.compatibility_mode and start not in (-1, last):
+            kwargs["start_at_layer"] = start + 1
+        return original(self, *args, **kwargs)
+
+    return forward
+
+
+@mutant(
+    "processed.autocast",
+    "compatibility mode under autocast",
+    "processing.forward",
+    OlmoAttentionBridge,
+    "_pattern_of",
+)
+def uniform_under_autocast(original: Any) -> Any:
+    """In compatibility mode under autocast a query attends alike to all that it sees."""
+
+    def pattern_of(self: Any, scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        pattern: torch.Tensor = original(self, scores, dtype)
+        if not (self.compatibility_mode and torch.is_autocast_enabled("cpu")):
+            return pattern
+        seen = (pattern > 0).to(pattern.dtype)
+        return seen / seen.sum(-1, keepdim=True)
+
+    return pattern_of
