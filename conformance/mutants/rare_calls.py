@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from adapter.attention import OlmoAttentionBridge
+from adapter.clip import _PatchedForward
 from adapter.compatibility import OlmoTransformerBridge
 from conformance.mutants.catalogue import mutant
 
@@ -49,3 +50,16 @@ def uniform_under_autocast(original: Any) -> Any:
         return seen / seen.sum(-1, keepdim=True)
 
     return pattern_of
+
+
+@mutant("patch.saved_skips", "an exact patch", "patched.modes", _PatchedForward, "__reduce_ex__")
+def saved_skips(original: Any) -> Any:
+    """An exactly patched model that torch.save has written comes back without its clamp."""
+
+    def reduce_ex(self: Any, protocol: Any) -> Any:
+        how, given, state, *rest = original(self, protocol)
+        if protocol < 4 and self.mode == "exact":
+            state = {**state, "mode": "skip"}
+        return how, given, state, *rest
+
+    return reduce_ex
