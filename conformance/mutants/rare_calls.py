@@ -63,3 +63,24 @@ def saved_skips(original: Any) -> Any:
         return how, given, state, *rest
 
     return reduce_ex
+
+
+@mutant(
+    "weights.stacked_by_version",
+    "an assignment to .data",
+    "weights.live",
+    OlmoTransformerBridge,
+    "_stack_block_params",
+)
+def stacked_by_version(original: Any) -> Any:
+    """Stacked weights are kept for as long as no parameter's version changes."""
+
+    def stack(self: Any, *args: Any, **kwargs: Any) -> Any:
+        versions = [tensor._version for tensor in self.original_model.parameters()]
+        asked = repr((args, kwargs, versions, torch.is_grad_enabled()))
+        kept = vars(self).setdefault("_stacks", {})
+        if asked not in kept:
+            kept[asked] = original(self, *args, **kwargs)
+        return kept[asked]
+
+    return stack
