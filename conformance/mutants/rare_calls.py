@@ -84,3 +84,22 @@ def stacked_by_version(original: Any) -> Any:
         return kept[asked]
 
     return stack
+
+
+@mutant(
+    "sampling.repeated",
+    "several sequences of one prompt",
+    "sampling.hugging_face",
+    OlmoTransformerBridge,
+    "hf_generate",
+)
+def repeated(original: Any) -> Any:
+    """Of several samples that hf_generate is asked for it gives the first, again and again."""
+
+    def hf_generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result, several = original(self, *args, **kwargs), kwargs.get("num_return_sequences", 1)
+        if isinstance(result, torch.Tensor) and "num_beams" not in kwargs:
+            result = result[::several].repeat_interleave(several, dim=0)
+        return result
+
+    return hf_generate
