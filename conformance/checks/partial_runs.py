@@ -185,6 +185,11 @@ def layers(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield from bitwise("start, afterwards", streams[part.start].detach(), entry.detach())
     gap = compare_tensors("output", end.detach(), output.detach(), exactly(end.dtype))
     yield from [gap] if gap else []
+    if hasattr(subject.bridge, "input_to_embed"):  # of the younger releases
+        mask = inputs(case).attention_mask
+        with torch.no_grad(), at_work("input_to_embed"):
+            begun, *_ = subject.bridge.input_to_embed(inputs(case).tokens, attention_mask=mask)
+        yield from bitwise("input_to_embed", streams[0].detach(), begun)
     owner = {name: site for site in every.values() for name in (site.name, *site.aliases)}
     for name in due:
         if name not in seen:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformer_lens.ActivationCache import ActivationCache
 
 from adapter.attention import OlmoAttentionBridge
+from adapter.block import OlmoBlockBridge
 from adapter.clip import _PatchedForward
 from adapter.compatibility import OlmoTransformerBridge
+from adapter.hooks import OlmoHookPoint
 from conformance.mutants.catalogue import mutant
 
 
@@ -103,3 +106,96 @@ def repeated(original: Any) -> Any:
         return result
 
     return hf_generate
+
+
+@mutant("hook_api.one_alias", "alias_names", "hook_api.order", OlmoHookPoint, "add_hook")
+def one_alias(original: Any) -> Any:
+    """Of the alias_names of a hook only the first is called."""
+
+    def add_hook(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("alias_names"):
+            kwargs["alias_names"] = kwargs["alias_names"][:1]
+        return original(self, *args, **kwargs)
+
+    return add_hook
+
+
+@mutant("hook_api.no_input", "any", "hook_api.components", OlmoBlockBridge, "get_hooks")
+def no_input(original: Any) -> Any:
+    """get_hooks() of a block is without hook_in."""
+    return lambda self: {n: point for n, point in original(self).items() if n != "hook_in"}
+
+
+@mutant(
+    "hook_api.lists_forward",
+    "a backward hook",
+    "hook_api.ledger",
+    OlmoTransformerBridge,
+    "list_hooks",
+)
+def lists_forward(original: Any) -> Any:
+    """list_hooks of both directions lists those of the forward."""
+
+    def list_hooks(self: Any, name_filter: Any = None, dir: str = "both", *args: Any) -> Any:
+        return original(self, name_filter, "fwd" if dir == "both" else dir, *args)
+
+    return list_hooks
+
+
+@mutant("caching.all_forward", "any", "caching.hooks", OlmoTransformerBridge, "cache_all")
+def all_forward(original: Any) -> Any:
+    """cache_all keeps no gradient."""
+    return lambda self, cache, incl_bwd=False, **kwargs: original(self, cache, **kwargs)
+
+
+@mutant("text.next_token", "any", "text.tokens", OlmoTransformerBridge, "to_single_str_token")
+def next_token(original: Any) -> Any:
+    """to_single_str_token is off by one."""
+    return lambda self, token: original(self, (token + 1) % self.cfg.d_vocab)
+
+
+@mutant(
+    "accessors.labels_reversed",
+    "two heads",
+    "weights.accessors",
+    OlmoTransformerBridge,
+    "attn_head_labels",
+)
+def labels_reversed(original: Any) -> Any:
+    """attn_head_labels go from the last head to the first."""
+    return property(lambda self: original.fget(self)[::-1])
+
+
+@mutant("layers.embedding", "any", "caching.layers", OlmoTransformerBridge, "input_to_embed")
+def embedding(original: Any) -> Any:
+    """input_to_embed is off by a hundredth."""
+
+    def input_to_embed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        stream, *rest = original(self, *args, **kwargs)
+        return stream * 1.01, *rest
+
+    return input_to_embed
+
+
+class _Inverted(ActivationCache):
+    def toggle_autodiff(self, mode: bool = False) -> None:
+        super().toggle_autodiff(not mode)  # type: ignore[no-untyped-call]
+
+
+@mutant(
+    "caching.toggle_inverted",
+    "any",
+    "caching.values",
+    OlmoTransformerBridge,
+    "run_with_cache",
+)
+def toggle_inverted(original: Any) -> Any:
+    """A cache's toggle_autodiff turns on what it should turn off."""
+
+    def run_with_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result, cache = original(self, *args, **kwargs)
+        if isinstance(cache, ActivationCache):
+            cache.__class__ = _Inverted
+        return result, cache
+
+    return run_with_cache
