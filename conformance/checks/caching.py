@@ -23,7 +23,7 @@ from conformance.checks.hooking import (
 )
 from conformance.checks.interventions import edited_runs
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import drawing, in_one_forward, some_positions
+from conformance.checks.support import drawing, in_one_forward, quiet, some_positions
 from conformance.compare import Gap, compare_tensors
 from conformance.edits import edited
 from conformance.inputs import inputs
@@ -88,6 +88,19 @@ def _wish(case: Case, every: Mapping[str, Site]) -> _Wish:
     return _Wish(named, names, positions)
 
 
+def _toggled(cache: Any) -> Iterator[Gap]:
+    """What is wrong of a cache's switch of autograd, which afterwards is as it was."""
+    before = torch.is_grad_enabled()
+    try:
+        for mode in (False, True):
+            with quiet(), at_work("toggle_autodiff"):
+                cache.toggle_autodiff(mode)
+            if torch.is_grad_enabled() is not mode:
+                yield Gap("toggle_autodiff", "contract", f"{mode} switches autograd to {not mode}")
+    finally:
+        torch.set_grad_enabled(before)
+
+
 @check(
     "caching.values",
     "run_with_cache keeps just the names asked for (by a string, list or filter, canonical or "
@@ -110,6 +123,8 @@ def values(adapter: Adapter, case: Case) -> Iterator[Gap]:
     batched = getattr(cache, "has_batch_dim", None)
     if batched is wish.named["remove_batch_dim"]:  # None of a dict
         yield Gap("has_batch_dim", "contract", f"is {batched}, whatever the tensors have")
+    if wish.named["return_cache_object"]:
+        yield from _toggled(cache)
     gap = compare_tensors(
         "logits", expected.logits, logits.detach(), exactly(expected.logits.dtype)
     )

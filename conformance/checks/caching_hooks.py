@@ -56,9 +56,10 @@ def _asked(names: list[str], draw: Callable[[int], int]) -> tuple[Any, list[str]
 
 @check(
     "caching.hooks",
-    "get_caching_hooks, add_caching_hooks and cache_some keep, in the dict that they are given, "
-    "the names asked for, canonical ones beside aliases, each with the reference's value and "
-    "gradient, at the positions asked for, and are gone after the context or reset_hooks().",
+    "get_caching_hooks, add_caching_hooks, cache_some and cache_all keep, in the dict that they "
+    "are given, the names asked for, canonical ones beside aliases, each with the reference's "
+    "value and gradient, at the positions asked for, and are gone after the context or "
+    "reset_hooks().",
     cases,
     examples=0.2,
 )
@@ -74,7 +75,8 @@ def caching_hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     kept: dict[str, torch.Tensor] = {}
     positions: Collection[int] = range(case.run.seq_len)
     settle(subject, case)
-    before, way = attached(subject), draw(3)
+    ways = 4 if hasattr(bridge, "cache_all") else 3
+    before, way = attached(subject), draw(ways)
     forward: list[Any] = []
     backward: list[Any] = []
     with at_work("putting caching hooks on"):
@@ -85,9 +87,12 @@ def caching_hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
             )
         elif way == 1:
             given = bridge.add_caching_hooks(names_filter, incl_bwd=True, cache=kept)
-        else:
+        elif way == 2:
             bridge.cache_some(kept, lambda name: name in names, incl_bwd=True)
             given = kept
+        else:
+            names, given = list(sites), kept
+            bridge.cache_all(kept, incl_bwd=True)
     if given is not kept:
         yield Gap("cache", "contract", "is another dict than the one that was given")
     data = inputs(case)
@@ -100,7 +105,9 @@ def caching_hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     seen = _at(expected, owner, positions)
     due = dict.fromkeys(each for name in names for each in (name, owner[name].name))
     wanted = {*due, *(f"{name}_grad" for name in due if owner[name].name in seen.gradients)}
-    for name in sorted(wanted ^ given.keys()):
+    # All is more than what is judged here.
+    kept_too = given.keys() if way < 3 else wanted & given.keys()
+    for name in sorted(wanted ^ kept_too):
         kind = "missing" if name in wanted else "extra"
         yield Gap(name, kind, "asked for, or in the cache, and not both")
     for name in sorted(wanted & given.keys()):

@@ -124,6 +124,25 @@ class _Script:
                 if told != due:
                     said = f"{when}: has_hooks({direction!r}), with permanent ones and without"
                     yield Gap(site, "contract", f"{said}: {told} instead of {due}")
+        # Older releases have no such list.
+        if hasattr(self.bridge, "list_hooks") and not self.unlisted:
+            yield from self._listed(when)
+
+    def _listed(self, when: str) -> Iterator[Gap]:
+        """Where the bridge lists other hooks than it has."""
+        for direction in ("fwd", "bwd", "both"):
+            for permanent in (True, False):
+                due: dict[str, list[Any]] = {}
+                own = [e for e in self.entries if permanent or not e.permanent]
+                for way in ("fwd", "bwd") if direction == "both" else (direction,):
+                    for entry in own:
+                        if entry.direction == way:
+                            due.setdefault(entry.site, []).append(self.function(entry))
+                found = self.bridge.list_hooks(list(self.names), direction, permanent)
+                told = {name: [handle.user_hook for handle in found[name]] for name in found}
+                if told != due:
+                    said = f"{when}: list_hooks(..., {direction!r}, {permanent})"
+                    yield Gap(said, "contract", f"of {list(told)}, others than are on {list(due)}")
 
     def pairs(self, entries: list[_Entry], resets: bool) -> dict[str, Any]:
         """Entries as the arguments of ``hooks()``, each under a drawn name of its site."""

@@ -108,9 +108,9 @@ def _midway(adapter: Adapter, case: Case) -> Iterator[Gap]:
 @check(
     "hook_api.order",
     "Hooks at one place act in the order of their adding, those added with prepend=True before "
-    "all others, each on what the one before has left: of the tensor in the forward, of the "
-    "gradient in the backward. One that another hook adds or removes before its turn in the same "
-    "forward is called, or is not.",
+    "all others, each on what the one before has left, those with alias_names once for each: of "
+    "the tensor in the forward, of the gradient in the backward. One that another hook adds or "
+    "removes before its turn in the same forward is called, or is not.",
     chained_cases,
     examples=0.4,
 )
@@ -134,16 +134,20 @@ def order(adapter: Adapter, case: Case) -> Iterator[Gap]:
             def hook(tensor: torch.Tensor, hook: HookPoint, edit: Edit = edit) -> torch.Tensor:
                 return edited(edit, tensor)
 
-            way = int(torch.randint(3, (), generator=draw))
+            way, times = int(torch.randint(4, (), generator=draw)), 1
             with at_work("putting a hook on"):
                 if way == 0:
                     point.add_hook(hook, direction, prepend=True)
                 elif way == 1:
                     bridge.add_hook((*every[first.site].aliases, first.site)[0], hook, direction)
-                else:
+                elif way == 2:
                     hooks = {f"{direction}_hooks": [(first.site, hook)]}
                     stack.enter_context(bridge.hooks(**hooks))
-            chains[direction].insert(0 if way == 0 else len(chains[direction]), edit)
+                else:  # called once under each name
+                    point.add_hook(hook, direction, alias_names=["one", "other"])
+                    times = 2
+            at = 0 if way == 0 else len(chains[direction])
+            chains[direction][at:at] = [edit] * times
         chained = _Chain(first.site, chains["fwd"], chains["bwd"])
         expected = observe(reference(case.model), case, sites=every, recorder=chained)
         # The hooks are on already: this recorder's own only look.

@@ -85,7 +85,8 @@ def _components(subject: Subject) -> dict[str, tuple[Any, str, str]]:
 @check(
     "hook_api.components",
     "A component's add_hook puts a hook on its output or its input, its remove_hooks removes the "
-    "hooks of the one, of the other or of both, and no others; an unknown name is refused.",
+    "hooks of the one, of the other or of both, and no others; an unknown name is refused. "
+    "get_hooks() has both.",
     cases,
     examples=0.1,
 )
@@ -105,6 +106,11 @@ def components(adapter: Adapter, case: Case) -> Iterator[Gap]:
     def keep(tensor: torch.Tensor, hook: HookPoint) -> None:
         seen.append((str(hook.name), tensor.detach().clone()))
 
+    with at_work(f"{path}.get_hooks"):
+        own = component.get_hooks()
+    for end in ends:
+        if own.get(end.rpartition(".")[2]) is not bridge_of(subject).hook_dict[end]:
+            yield Gap(end, "missing", f"from {path}.get_hooks()")
     settle(subject, case)
     before = attached(subject)
     with at_work(f"{path}.add_hook"):

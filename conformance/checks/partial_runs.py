@@ -19,7 +19,7 @@ from conformance.checks.hooking import (
     value_gaps,
 )
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import in_one_forward
+from conformance.checks.support import bridge_of, in_one_forward
 from conformance.compare import (
     Gap,
     bitwise,
@@ -127,6 +127,17 @@ def _gradients(
     return Observation(output.detach(), parameter_gradients=named)
 
 
+def output_gaps(truth: Subject, subject: Subject, case: Case) -> Iterator[Gap]:
+    """What a drawn part of a bridge makes of the truth's residual stream there, fed at once."""
+    part, streams = _part(case), _streams(truth, case)
+    entry = inputs(case).tokens if part.start is None else streams[part.start].detach()
+    given = {**_given(subject, case), **part.named}
+    with torch.no_grad(), at_work(f"a forward with {part.named}"), started(subject, case):
+        output = bridge_of(subject)(entry, return_type="logits", **given)
+    due = streams[-1 if part.stop is None else part.stop]
+    yield from bitwise(f"output with {part.named}", due.detach(), output)
+
+
 @check(
     "caching.layers",
     "With stop_at_layer and start_at_layer, counted from either end, just the blocks between are "
@@ -174,6 +185,11 @@ def layers(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield from bitwise("start, afterwards", streams[part.start].detach(), entry.detach())
     gap = compare_tensors("output", end.detach(), output.detach(), exactly(end.dtype))
     yield from [gap] if gap else []
+    if hasattr(subject.bridge, "input_to_embed"):  # of the younger releases
+        mask = inputs(case).attention_mask
+        with torch.no_grad(), at_work("input_to_embed"):
+            begun, *_ = subject.bridge.input_to_embed(inputs(case).tokens, attention_mask=mask)
+        yield from bitwise("input_to_embed", streams[0].detach(), begun)
     owner = {name: site for site in every.values() for name in (site.name, *site.aliases)}
     for name in due:
         if name not in seen:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
+from torch import nn
 
 from conformance.checks.forward import logits_gap
 from conformance.checks.frozen import freeze
 from conformance.checks.modes import DROPS, checkpoint, random_gap
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import in_one_forward, needs_patch
+from conformance.checks.support import drawing, in_one_forward, needs_patch
 from conformance.compare import Gap, compare_gradients, compare_parameters, compare_values, labelled
 from conformance.inputs import inputs
 from conformance.observe import arguments, logits_of, module_of, observe
@@ -29,7 +33,7 @@ from conformance.strategies import cases, clip_present, model_specs, run_specs
 from conformance.subjects import Subject, at_work, bridged, patched, reference, unpatcher
 from conformance.verdict import NotApplicable
 
-MODES = ("autocast", "checkpointing", "frozen", "deepcopy")
+MODES = ("autocast", "checkpointing", "frozen", "deepcopy", "saved")
 
 
 def clipped_dropping_cases() -> SearchStrategy[Case]:
@@ -61,9 +65,19 @@ def _everything(expected: Observation, actual: Observation, sites: dict[str, Sit
     ]
 
 
-def _copied(subject: Subject, adapter: Adapter) -> Subject:
-    """A deep copy of a patched model as a subject of its own; the original's patch is undone."""
-    model = copy.deepcopy(subject.model)
+def _saved(model: nn.Module, case: Case) -> Any:
+    """What torch.save, or pickle by any of its protocols, brings back of a model."""
+    kept, protocol = io.BytesIO(), drawing(case)(pickle.HIGHEST_PROTOCOL + 2) - 1
+    if protocol < 0:
+        torch.save(model, kept)
+        kept.seek(0)
+        return torch.load(kept, weights_only=False)
+    return pickle.loads(pickle.dumps(model, protocol))
+
+
+def _copied(subject: Subject, adapter: Adapter, case: Case, mode: str) -> Subject:
+    """A copy of a patched model as a subject of its own; the original's patch is undone."""
+    model = copy.deepcopy(subject.model) if mode == "deepcopy" else _saved(subject.model, case)
     undo = unpatcher(adapter)
     if undo is not None:
         undo(subject.model)
@@ -76,21 +90,22 @@ def _in_mode(mode: str, subject: Subject, case: Case, adapter: Adapter) -> Subje
         checkpoint(subject, case)
     elif mode == "frozen":
         return freeze(subject, case)
-    elif mode == "deepcopy" and subject.under_test:
+    elif mode in ("deepcopy", "saved") and subject.under_test:
         observe(subject, case)
-        return _copied(subject, adapter)
+        return _copied(subject, adapter, case, mode)
     return subject
 
 
 @check(
     "patched.modes",
-    "Under autocast, gradient checkpointing, with frozen parts and as a deep copy a patched model "
-    "has the reference's values and gradients everywhere, with its clamp or without.",
+    "Under autocast, gradient checkpointing, with frozen parts, as a deep copy and once saved and "
+    "loaded a patched model has the reference's values and gradients everywhere, with its clamp or "
+    "without.",
     clipped_dropping_cases,
     examples=0.2,
 )
 def modes(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Two of them a case, in both modes of the patch."""
+    """Two or three of them a case, in both modes of the patch."""
     for mode in MODES[case.run.token_seed % 2 :: 2]:
         run = replace(case.run, chunks=1)
         if mode == "checkpointing":

@@ -12,11 +12,12 @@ from hypothesis.strategies import SearchStrategy
 from conformance.checks.compatibility import process, processed_runs
 from conformance.checks.forward import logits_gap
 from conformance.checks.parameters import WRAPPED
+from conformance.checks.partial_runs import output_gaps
 from conformance.checks.registry import Adapter, check
 from conformance.checks.states import lens_names
-from conformance.checks.support import exact_gaps, quiet
+from conformance.checks.support import drawing, exact_gaps, in_one_forward, quiet
 from conformance.checks.weights import read, squared
-from conformance.compare import Gap, compare_parameters, compare_tensors
+from conformance.compare import Gap, compare_parameters, compare_tensors, labelled
 from conformance.observe import observe
 from conformance.parts import stacked, weights
 from conformance.spec import PROCESSING, Case
@@ -148,10 +149,18 @@ def _taken_over(subject: Subject, case: Case) -> tuple[Subject, Subject]:
     return truth, replace(subject, parameters=named)
 
 
+def _run_gaps(truth: Subject, subject: Subject, case: Case) -> Iterator[Gap]:
+    """The logits, and the gradients of the parameters where there are as many of them."""
+    expected, actual = observe(truth, case), observe(subject, case)
+    yield from logits_gap(expected, actual)
+    if not case.model.tie_word_embeddings:
+        yield from compare_parameters(expected, actual)
+
+
 @check(
     "processing.forward",
-    "In compatibility mode accessors, forward and backward are those of a Hugging Face model that "
-    "has the processed weights, bit for bit.",
+    "In compatibility mode accessors, forward and backward, under autocast too, and runs of some "
+    "of the blocks are those of a Hugging Face model that has the processed weights, bit for bit.",
     shaped_processed_cases,
     examples=0.4,
 )
@@ -170,7 +179,10 @@ def forward(adapter: Adapter, case: Case) -> Iterator[Gap]:
     with at_work("reading the processed weights"):
         got = read(subject.bridge, case.model)
     yield from exact_gaps(due, got)
-    expected, actual = observe(truth, case), observe(subject, case)
-    yield from logits_gap(expected, actual)
-    if not case.model.tie_word_embeddings:
-        yield from compare_parameters(expected, actual)
+    yield from _run_gaps(truth, subject, case)
+    case, draw = in_one_forward(case), drawing(case)
+    yield from output_gaps(truth, subject, case)
+    if draw(2):
+        with torch.autocast("cpu", (torch.bfloat16, torch.float16)[draw(2)]):
+            gaps = list(_run_gaps(truth, subject, case))
+        yield from labelled("autocast", gaps)

@@ -119,7 +119,13 @@ def draws(adapter: Adapter, case: Case) -> Iterator[Gap]:
 _WAYS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "beams": {"do_sample": False, "num_beams": 3, "num_return_sequences": 2},
-    "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.9},
+    "samples": {
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 5,
+        "top_p": 0.9,
+        "num_return_sequences": 3,
+    },
     "sampling beams": {"do_sample": True, "num_beams": 2},
     "records": {"do_sample": False, "output_attentions": True, "output_hidden_states": True},
 }
@@ -136,8 +142,9 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 @check(
     "sampling.hugging_face",
-    "hf_generate of tokens is Hugging Face's own generate: greedy, sampling and by beams, with the "
-    "records, the ends of text and the cache that are asked for, and no others.",
+    "hf_generate of tokens is Hugging Face's own generate: greedy, sampling several texts "
+    "and by beams, with the records, the ends of text and the cache that are asked for, and no "
+    "others; without a record it samples the same tokens.",
     generating_cases,
     examples=0.3,
 )
@@ -161,18 +168,27 @@ def hugging_face(adapter: Adapter, case: Case) -> Iterator[Gap]:
     told: dict[str, Any] = {} if ends == [] else {"eos_token_id": ends}
     endless = not told and seed % 2 == 0
     truth = reference(case.model)
-    subject = generating(case, adapter)
+    subjects = {"a record": generating(case, adapter)}
+    if given["do_sample"]:  # another, for dynamic RoPE remembers lengths
+        subjects["no record"] = generating(case, adapter)
     if endless:  # the configuration has an end, which the call takes away
-        for each in (truth.model, subject.model):
-            each.generation_config.eos_token_id = END
+        for each in (truth, *subjects.values()):
+            each.model.generation_config.eos_token_id = END
     record = {"return_dict_in_generate": True, "use_cache": case.run.use_cache}
     free = {"eos_token_id": None} if endless else {}
     model: Any = truth.model
     with from_the_seed(case, truth):
         expected = model.generate(data.tokens, **given, **told, **record, **free)
-    with from_the_seed(case, subject), at_work(f"hf_generate, {name}"):
-        asked = {**told, "stop_at_eos": not endless, "use_past_kv_cache": case.run.use_cache}
-        actual = bridge_of(subject).hf_generate(data.tokens, **given, **asked)
+    outputs = {}
+    for which, subject in subjects.items():
+        if which == "no record":
+            given = {key: value for key, value in given.items() if not key.startswith("output_")}
+        with from_the_seed(case, subject), at_work(f"hf_generate, {name}, with {which}"):
+            asked = {**told, "stop_at_eos": not endless, "use_past_kv_cache": case.run.use_cache}
+            outputs[which] = bridge_of(subject).hf_generate(data.tokens, **given, **asked)
+    actual = outputs["a record"]
+    if "no record" in outputs:
+        yield from bitwise(f"{name}: no record", expected.sequences, outputs["no record"])
     due, got = (
         dict(item for key in output for item in _tensors(key, output[key]))
         for output in (expected, actual)

@@ -28,8 +28,9 @@ from conformance.tolerance import of_loss
 
 @check(
     "text.tokens",
-    "to_tokens, to_string, to_str_tokens, to_single_token and get_token_position say what the "
-    "tokenizer file says: BOS or none, padding on either side, truncation, one text or several.",
+    "to_tokens, to_string, to_str_tokens, to_single_token, to_single_str_token and "
+    "get_token_position say what the tokenizer file says: BOS or none, padding on either side, "
+    "truncation, one text or several.",
     text_cases,
     examples=0.4,
 )
@@ -88,6 +89,9 @@ def _positions(bridge: Any, told: Script, row: list[int]) -> Iterator[Gap]:
         single = ids(string) == [token]
         got = said("to_single_token", string)
         yield from same(f"to_single_token({string!r})", token if single else None, got)
+        if hasattr(bridge, "to_single_str_token"):
+            got = said("to_single_str_token", token)
+            yield from same(f"to_single_str_token({token})", string, got)
         first, last = row.index(token), len(row) - 1 - row[::-1].index(token)
         given = string if single else token
         for mode, due in (("first", first), ("last", last)):

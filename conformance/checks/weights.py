@@ -130,8 +130,11 @@ def read_right(adapter: Adapter, case: Case) -> Iterator[Gap]:
     tokens = inputs(case).tokens
     block = model.num_hidden_layers - 1
     heads = [(i, h) for i in range(block + 1) for h in range(model.num_attention_heads)]
-    if bridge.all_head_labels != [f"L{layer}H{head}" for layer, head in heads]:
-        yield Gap("all_head_labels", "contract", f"{bridge.all_head_labels}")
+    labels = [f"L{layer}H{head}" for layer, head in heads]
+    # Older releases have the first only.
+    for name in ("all_head_labels", "attn_head_labels"):
+        if hasattr(bridge, name) and (told := getattr(bridge, name)) != labels:
+            yield Gap(name, "contract", f"{told} instead of {labels}")
     with at_work("reading the weights of the whole bridge"):
         yield from exact_gaps(due, {name: getattr(bridge, name) for name in due})
         yield from _refusals(bridge)
@@ -173,6 +176,22 @@ def _drawn(shape: torch.Size, dtype: torch.dtype, draw: torch.Generator) -> torc
     return torch.randn(shape, generator=draw).to(dtype)
 
 
+def _add(parameter: nn.Parameter, change: torch.Tensor) -> None:
+    parameter.add_(change, alpha=0.1)
+
+
+def _add_to_data(parameter: nn.Parameter, change: torch.Tensor) -> None:
+    parameter.data.add_(change, alpha=0.1)
+
+
+def _set_data(parameter: nn.Parameter, change: torch.Tensor) -> None:
+    parameter.data = parameter.data.add(change, alpha=0.1)
+
+
+# Of what is done to `.data` a parameter's version tells nothing.
+WRITES = {"": _add, "'s data": _add_to_data, "'s data, set,": _set_data}
+
+
 def _gradients(
     tensors: dict[str, torch.Tensor], parameters: dict[str, nn.Parameter], seed: int
 ) -> dict[str, torch.Tensor | None]:
@@ -186,6 +205,12 @@ def _gradients(
         [t for t, _ in live], list(parameters.values()), [p for _, p in live], allow_unused=True
     )
     return dict(zip(parameters, found, strict=True))
+
+
+def _stacked(found: dict[str, torch.Tensor | None], model: ModelSpec) -> dict[str, torch.Tensor]:
+    """What the accessors of the whole bridge give, of the weights that there are."""
+    due = {"W_E": found["embed.W_E"], "W_U": found["unembed.W_U"], **stacked(found, model)}
+    return {name: tensor for name, tensor in due.items() if tensor is not None}
 
 
 @check(
@@ -205,9 +230,8 @@ def live(adapter: Adapter, case: Case) -> Iterator[Gap]:
     assert bridge is not None
 
     expected = weights(dict(truth.parameters), model)
-    due = {"W_E": expected["embed.W_E"], "W_U": expected["unembed.W_U"]}
-    due |= stacked(expected, model)
-    present = {name: each for name, each in due.items() if each is not None}
+    present = _stacked(expected, model)
+    names = list(present)
     layers = model.num_hidden_layers
     summed = f"accumulated_bias({layers})"
     with at_work("a gradient through the accessors"):
@@ -219,12 +243,18 @@ def live(adapter: Adapter, case: Case) -> Iterator[Gap]:
     for gap in exact_gaps(_gradients(present, dict(truth.parameters), seed), actual):
         yield replace(gap, site=f"gradient of {gap.site} through the accessors")
 
-    draws = (torch.Generator().manual_seed(seed) for _ in range(2))
+    draws = [torch.Generator().manual_seed(seed) for _ in range(2)]
     with torch.no_grad():
-        for each, draw in zip((truth, subject), draws, strict=True):
-            for tensor in each.parameters.values():
-                tensor.add_(_drawn(tensor.shape, tensor.dtype, draw), alpha=0.1)
-        yield from accessor_gaps(subject, model, " after a parameter was written")
+        for where, write in WRITES.items():
+            for each, draw in zip((truth, subject), draws, strict=True):
+                for tensor in each.parameters.values():
+                    write(tensor, _drawn(tensor.shape, tensor.dtype, draw))
+            yield from accessor_gaps(subject, model, f" after a parameter{where} was written")
+            with at_work("reading the stacked weights"):
+                got = {name: getattr(bridge, name) for name in names}
+            now = _stacked(weights(dict(truth.parameters), model), model)
+            for gap in exact_gaps(now, got):
+                yield replace(gap, site=f"{gap.site} after a parameter{where} was written")
         for full, name, _ in accessors(model):
             written = parameter(dict(truth.parameters), name)
             if written is None:
