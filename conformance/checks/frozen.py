@@ -132,8 +132,8 @@ def freeze(subject: Subject, case: Case) -> Subject:
 
 @check(
     "training.frozen",
-    "With requires_grad_(False) on parts, on all but a low-rank addition, or on all but what a hook "
-    "adds, the gradients that remain, at the hooks too, and of what a hook adds, are the "
+    "With requires_grad_(False) on parts, on all but a low-rank addition, or on all but what a "
+    "hook adds, the gradients that remain, at the hooks too, and that of what a hook adds, are the "
     "reference's, under checkpointing as well, and there is no other.",
     lambda: cases(models=model_specs(dropouts=DROPS)),
     examples=0.35,

@@ -14,15 +14,12 @@ from conformance.checks.registry import Adapter, check
 from conformance.checks.support import drawing
 from conformance.compare import (
     Gap,
-    bitwise,
     compare_gradients,
     compare_parameters,
     compare_values,
-    labelled,
 )
 from conformance.observe import observe, sites_of
-from conformance.points import hook_points
-from conformance.recorder import Observation, Recorder
+from conformance.recorder import Recorder
 from conformance.sites import POST_CLIP, fired_rows, observable
 from conformance.spec import EDITS, Case, Edit, ModelSpec, RunSpec
 from conformance.strategies import (
