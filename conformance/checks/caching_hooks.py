@@ -75,8 +75,8 @@ def caching_hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     kept: dict[str, torch.Tensor] = {}
     positions: Collection[int] = range(case.run.seq_len)
     settle(subject, case)
-    ways = 4 if hasattr(bridge, "cache_all") else 3
-    before, way = attached(subject), draw(ways)
+    before, way = attached(subject), draw(3)
+    whole = way == 2 and hasattr(bridge, "cache_all") and bool(draw(2))
     forward: list[Any] = []
     backward: list[Any] = []
     with at_work("putting caching hooks on"):
@@ -87,12 +87,12 @@ def caching_hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
             )
         elif way == 1:
             given = bridge.add_caching_hooks(names_filter, incl_bwd=True, cache=kept)
-        elif way == 2:
-            bridge.cache_some(kept, lambda name: name in names, incl_bwd=True)
-            given = kept
-        else:
+        elif whole:
             names, given = list(sites), kept
             bridge.cache_all(kept, incl_bwd=True)
+        else:
+            bridge.cache_some(kept, lambda name: name in names, incl_bwd=True)
+            given = kept
     if given is not kept:
         yield Gap("cache", "contract", "is another dict than the one that was given")
     data = inputs(case)
@@ -106,7 +106,7 @@ def caching_hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     due = dict.fromkeys(each for name in names for each in (name, owner[name].name))
     wanted = {*due, *(f"{name}_grad" for name in due if owner[name].name in seen.gradients)}
     # All is more than what is judged here.
-    kept_too = given.keys() if way < 3 else wanted & given.keys()
+    kept_too = wanted & given.keys() if whole else given.keys()
     for name in sorted(wanted ^ kept_too):
         kind = "missing" if name in wanted else "extra"
         yield Gap(name, kind, "asked for, or in the cache, and not both")
