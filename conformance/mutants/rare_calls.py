@@ -179,7 +179,7 @@ def embedding(original: Any) -> Any:
 
 class _Inverted(ActivationCache):
     def toggle_autodiff(self, mode: bool = False) -> None:
-        super().toggle_autodiff(not mode)  # type: ignore[no-untyped-call]
+        super().toggle_autodiff(not mode)
 
 
 @mutant(
