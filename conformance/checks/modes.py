@@ -220,7 +220,8 @@ def inferring_cases() -> SearchStrategy[Case]:
 @check(
     "modes.inference",
     "Under torch.inference_mode every value is the reference's, edits in place included, and that "
-    "of a computation from scratch where edits are behind flags; a training step after it has the reference's gradients.",
+    "of a computation from scratch where edits are behind flags; a training step after it has the "
+    "reference's gradients.",
     inferring_cases,
     examples=0.35,
 )
