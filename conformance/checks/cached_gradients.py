@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -79,11 +79,9 @@ def incl_bwd(adapter: Adapter, case: Case) -> Iterator[Gap]:
     unfiltered = case.run.token_seed % 4 == 0
     wanted = every if unfiltered else {n: site for n, site in every.items() if not site.derived}
     named: dict[str, Any] = {"incl_bwd": True, "return_type": "loss"}
-    pos_slice, positions = some_positions(case.run.seq_len, draw) if draw(2) else (None, ())
-    if pos_slice is None:
-        positions = range(case.run.seq_len)
-    else:
-        named["pos_slice"] = pos_slice
+    positions: Collection[int] = range(case.run.seq_len)
+    if draw(2):
+        named["pos_slice"], positions = some_positions(case.run.seq_len, draw)
     if batchless:
         named["remove_batch_dim"] = True
     if not unfiltered:

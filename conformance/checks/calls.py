@@ -134,6 +134,11 @@ def _seen(mask: torch.Tensor) -> torch.Tensor:
     return torch.ones(length, length, dtype=torch.bool).tril() & mask.bool()[:, None, None]
 
 
+def hard_mask(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The additive mask that Hugging Face's eager attention takes, of which keys are seen."""
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
+
 def soft_mask(seen: torch.Tensor, heads: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     """An additive mask that leaves more of some keys than of others, as ALiBi's does.
 
@@ -158,8 +163,7 @@ def _forms(mask: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[str, torch.
         yield f"{kind} mask", mask.to(kind), True
     seen = _seen(mask)
     yield "boolean 4-D mask", seen, False
-    blocked = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-    yield "additive 4-D mask", blocked, False
+    yield "additive 4-D mask", hard_mask(seen, dtype), False
 
 
 @check(

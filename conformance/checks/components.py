@@ -14,7 +14,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
 from conformance.alone import Call, Drawer, run_alone, watched
-from conformance.checks.calls import soft_mask
+from conformance.checks.calls import hard_mask, soft_mask
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import drawing, exact_gaps
 from conformance.compare import Gap
@@ -148,15 +148,10 @@ def _calls(pair: Pair, draw: Drawer, *masks: torch.Tensor | None) -> list[list[C
     return [[call(mask, *rows) for rows in pairwise(bounds)] for mask in masks]
 
 
-def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The mask as Hugging Face's eager attention takes it."""
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
-
-
 def _added(case: Case, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What may be added to scores to mask them: every other time it has biases for each head."""
     if drawing(case)(2):
-        return _additive(seen, dtype)
+        return hard_mask(seen, dtype)
     return soft_mask(seen, case.model.num_attention_heads, dtype, case.run.token_seed)
 
 
@@ -173,7 +168,7 @@ def attention(adapter: Adapter, case: Case) -> Iterator[Gap]:
     pair, draw = wired(adapter, case), Drawer(case)
     (part,) = (part for part in drawn_parts(case) if part.path.endswith(".attn"))
     seen = draw.seen()
-    drawn, causal = (_additive(each, draw.dtype) for each in (seen, torch.ones_like(seen).tril()))
+    drawn, causal = (hard_mask(each, draw.dtype) for each in (seen, torch.ones_like(seen).tril()))
     added = _added(case, seen, draw.dtype)
     calls = _calls(pair, draw, drawn, seen, causal, None, added)
     for kind, (ours, theirs) in {

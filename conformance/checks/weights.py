@@ -131,9 +131,9 @@ def read_right(adapter: Adapter, case: Case) -> Iterator[Gap]:
     block = model.num_hidden_layers - 1
     heads = [(i, h) for i in range(block + 1) for h in range(model.num_attention_heads)]
     labels = [f"L{layer}H{head}" for layer, head in heads]
-    # Older releases have the first only.
-    for name in ("all_head_labels", "attn_head_labels"):
-        if hasattr(bridge, name) and (told := getattr(bridge, name)) != labels:
+    younger = [name for name in ("attn_head_labels",) if hasattr(bridge, name)]
+    for name in ("all_head_labels", *younger):
+        if (told := getattr(bridge, name)) != labels:
             yield Gap(name, "contract", f"{told} instead of {labels}")
     with at_work("reading the weights of the whole bridge"):
         yield from exact_gaps(due, {name: getattr(bridge, name) for name in due})
