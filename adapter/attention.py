@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,23 +113,28 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
             return [linear(hidden_states) for linear in linears]
         hf: Any = self.original_component
         residual, self._captured_pre_ln_residual = self._captured_pre_ln_residual, None
-        norm = self._ln1_module
-        if residual is None or norm is None:  # this module was called alone: nothing precedes it
-            residual, norm = hidden_states, torch.nn.Identity()
-        projected = []
-        for linear, change in zip(linears, self._changes(residual, norm), strict=True):
-            source = linear.hook_in(hidden_states)
+        if residual is None or self._ln1_module is None:  # called alone: nothing precedes it
+            residual, norm = hidden_states, torch.nn.Identity().forward
+        else:  # not the module: PyTorch's hooks on it have seen their one call
+            norm = self._ln1_module.forward
+
+        def change_in(linear: Any, change: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
             if bool(change.any()) and not torch.equal(source, norm(residual)):
                 raise ValueError(
                     f"blocks.{hf.layer_idx}.attn: a per-head input hook and a hook between ln1 and "
                     f"{linear.name} both edited what {linear.name} reads; edit one of them"
                 )
-            flat = linear.original_component(source)
-            flat = flat + project_change(change, linear.original_component, hf.head_dim)
-            projected.append(linear.hook_out(flat))
-        return projected
+            flat: torch.Tensor = linear.original_component(source)
+            return flat + project_change(change, linear.original_component, hf.head_dim)
 
-    def _changes(self, residual: torch.Tensor, norm: torch.nn.Module) -> list[torch.Tensor]:
+        return [
+            linear(hidden_states, through=partial(change_in, linear, change))
+            for linear, change in zip(linears, self._changes(residual, norm), strict=True)
+        ]
+
+    def _changes(
+        self, residual: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor]
+    ) -> list[torch.Tensor]:
         """What edits of the per-head copies change for queries, keys and values.
 
         Under ``use_attn_in`` there is one copy per query head. Key-value head j serves a group of
@@ -199,13 +206,15 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
 
     def _project_out(self, z: torch.Tensor) -> torch.Tensor:
         """Output projection of ``[batch, pos, head * d_head]``."""
-        if not getattr(self.config, "use_attn_result", False):
-            output: torch.Tensor = self.o(z)
-            return output
         hf: Any = self.original_component
-        z = self.o.hook_in(z)
-        output = head_contributions(z, self.o.original_component, hf.head_dim, self.hook_result)
-        output = self.o.hook_out(output)
+        by_head = partial(
+            head_contributions,
+            projection=self.o.original_component,
+            d_head=hf.head_dim,
+            hook=self.hook_result,
+        )
+        asked = getattr(self.config, "use_attn_result", False)
+        output: torch.Tensor = self.o(z, through=by_head) if asked else self.o(z)
         return output
 
 

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from transformer_lens.model_bridge.generalized_components import GatedMLPBridge, LinearBridge
 
 
-class BranchLinearBridge(LinearBridge):
+class ProjectionBridge(LinearBridge):
+    """A projection ``[batch, pos, in]`` to ``[batch, pos, out]``, or by each head."""
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        *args: Any,
+        through: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Project ``input``.
+
+        Args:
+            input: ``[batch, pos, in]``.
+            *args: For the wrapped module.
+            through: What computes the projection in the wrapped module's place. The component is
+                called all the same, for those who listen to it with PyTorch's own hooks.
+            **kwargs: For the wrapped module.
+        """
+        if through is None:
+            return super().forward(input, *args, **kwargs)
+        hooked: torch.Tensor = self.hook_out(through(self.hook_in(input)))
+        return hooked
+
+
+class BranchLinearBridge(ProjectionBridge):
     """A projection that reads a tensor its siblings read too."""
 
 
-class OutputLinearBridge(LinearBridge):
+class OutputLinearBridge(ProjectionBridge):
     """A projection into the residual stream, ``[batch, pos, in]`` to ``[batch, pos, d_model]``."""
 
     def set_processed_weights(

@@ -223,9 +223,12 @@ class _Script:
             return f"remove_hooks({direction=}, including_permanent={permanent})"
         level = (None, None, 1, 2)[self.draw(4)]
         named = {"direction": direction, "including_permanent": permanent, "level": level}
-        self.bridge.reset_hooks(**named)
+        # Older releases have it under the one name only.
+        ways = [way for way in ("reset_hooks", "remove_all_hook_fns") if hasattr(self.bridge, way)]
+        way = ways[self.draw(2) % len(ways)]
+        getattr(self.bridge, way)(**named)
         self.remove(lambda entry: gone(entry) and level in (None, entry.level))
-        return f"reset_hooks({direction=}, including_permanent={permanent}, {level=})"
+        return f"{way}({direction=}, including_permanent={permanent}, {level=})"
 
     def passing(self) -> str:
         """One call of run_with_hooks, whose own hooks act with the others and leave with it."""

@@ -32,7 +32,8 @@ def _attribute(bridge: Any, name: str) -> Any:
 @check(
     "hook_api.lookup",
     "hook_dict, mod_dict, get_hook_point, hook_points() and the path of attributes lead from each "
-    "name and alias to one hook point, and get_hook_point knows no other name.",
+    "name and alias to one hook point, get_hook_point knows no other name, and block_hooks lists "
+    "those of a block.",
     cases,
     examples=0.1,
 )
@@ -66,6 +67,12 @@ def lookup(adapter: Adapter, case: Case) -> Iterator[Gap]:
             for way in ("get_hook_point", "mod_dict"):
                 if ways[way](name) is not point:
                     yield Gap(name, "contract", f"another hook point by {way}")
+        for block in range(case.model.num_hidden_layers):
+            prefix = f"blocks.{block}."
+            due = sorted(name.removeprefix(prefix) for name in by_name if name.startswith(prefix))
+            # Older releases have no such list.
+            if hasattr(bridge, "block_hooks") and bridge.block_hooks(block) != due:
+                yield Gap(f"block_hooks({block})", "contract", "is not those of hook_dict")
     if listed != {id(point) for point in by_name.values()}:
         yield Gap("hook_points()", "contract", "is not all of hook_dict")
     for name in strangers:

@@ -218,9 +218,9 @@ def autocast(adapter: Adapter, case: Case) -> Iterator[Gap]:
 
 
 def inferring_cases() -> SearchStrategy[Case]:
-    """Cases with one edit, half of them in place: only here may the tensor be a neighbour's too."""
-    kinds = ("in_place",) * len(EDITS) + EDITS
-    return cases(runs=lambda model: edited_runs(model, kinds=kinds, most=1))
+    """Cases with edits, most of them in place: only here may the tensor be a neighbour's too."""
+    kinds = ("in_place",) * 3 * len(EDITS) + EDITS
+    return cases(runs=lambda model: edited_runs(model, kinds=kinds, most=4))
 
 
 @check(

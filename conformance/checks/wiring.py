@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,8 @@ from conformance.subjects import Subject, at_work, bridged, hf_model, make_adapt
 @check(
     "components.lookup",
     "For the path of every component and weight the adapter gives the module, and the name, that "
-    "Hugging Face has for it, on a bridged model too; of an unknown path an error that names it.",
+    "Hugging Face has for it, on a bridged model too; of an unknown path an error that names it. "
+    "The bridge tells what is in its blocks.",
     cases,
     examples=0.15,
 )
@@ -57,6 +58,7 @@ def lookup(adapter: Adapter, case: Case) -> Iterator[Gap]:
         if not isinstance(template, part.role):
             told = f"a {type(template).__name__}, not a {part.role.__name__}"
             yield Gap(f"get_generalized_component({part.path!r})", "contract", told)
+    yield from _structure_gaps(bridge, model)
     for full, name, _ in accessors(model):
         with at_work(f"translating {full}"):
             translated = made.translate_transformer_lens_path(full)
@@ -71,6 +73,35 @@ def lookup(adapter: Adapter, case: Case) -> Iterator[Gap]:
     for way, ask in ways.items():
         for path in ("nothing", "blocks.0.nothing", "blocks.0.attn.nothing"):
             yield from _unknown(f"{way}({path!r})", partial(ask, path))
+
+
+def _structure_gaps(bridge: Any, model: ModelSpec) -> Iterator[Gap]:
+    """What a bridge says of its blocks: all have the same."""
+    every = range(model.num_hidden_layers)
+
+    def modules(names: Iterable[str]) -> set[str]:
+        return {name for name in names if name != "hook_mlp_in"}  # which 4.3 takes for one
+
+    asked: dict[str, tuple[Callable[[], Any], Any]] = {
+        "layer_types": (
+            lambda: [modules(kind.split("+")) for kind in bridge.layer_types()],
+            [{"attn", "mlp"}] * len(every),
+        ),
+        "block_submodules": (
+            lambda: [modules(bridge.block_submodules(i)) for i in every],
+            [{"ln1", "attn", "ln2", "mlp"}] * len(every),
+        ),
+        "composition_layer_indices": (lambda: bridge.composition_layer_indices(), list(every)),
+        "blocks_with('mlp')": (lambda: bridge.blocks_with("mlp"), list(enumerate(bridge.blocks))),
+        "blocks_with('nothing')": (lambda: bridge.blocks_with("nothing"), []),
+    }
+    for name, (ask, due) in asked.items():
+        if not hasattr(bridge, name.partition("(")[0]):
+            continue  # an older release has none
+        with at_work(name):
+            got = ask()
+        if got != due:
+            yield Gap(name, "contract", f"is {got!r:.60} instead of {due!r:.60}")
 
 
 def _unknown(name: str, ask: Callable[[], Any]) -> Iterator[Gap]:

@@ -199,3 +199,61 @@ def toggle_inverted(original: Any) -> Any:
         return result, cache
 
     return run_with_cache
+
+
+@mutant(
+    "hook_api.removes_permanent",
+    "a permanent hook",
+    "hook_api.ledger",
+    OlmoTransformerBridge,
+    "remove_all_hook_fns",
+)
+def removes_permanent(original: Any) -> Any:
+    """remove_all_hook_fns takes permanent hooks off too."""
+
+    def remove(self: Any, direction: str = "both", *args: Any, **kwargs: Any) -> None:
+        for point in self.hook_points():
+            point.remove_hooks(direction, including_permanent=True, level=kwargs.get("level"))
+
+    return remove
+
+
+@mutant("lookup.no_aliases", "any", "hook_api.lookup", OlmoTransformerBridge, "block_hooks")
+def no_aliases(original: Any) -> Any:
+    """block_hooks lists no alias."""
+
+    def block_hooks(self: Any, layer_idx: int) -> list[str]:
+        own = {str(point.name) for point in self.hook_points()}
+        return [name for name in original(self, layer_idx) if f"blocks.{layer_idx}.{name}" in own]
+
+    return block_hooks
+
+
+@mutant(
+    "components.counts_from_one",
+    "any",
+    "components.lookup",
+    OlmoTransformerBridge,
+    "blocks_with",
+)
+def counts_from_one(original: Any) -> Any:
+    """blocks_with counts blocks from one."""
+    return lambda self, submodule: [(i + 1, block) for i, block in original(self, submodule)]
+
+
+@mutant("components.no_mlp", "any", "components.lookup", OlmoTransformerBridge, "layer_types")
+def no_mlp(original: Any) -> Any:
+    """layer_types leaves the MLP out."""
+    return lambda self: [kind.removesuffix("+mlp") for kind in original(self)]
+
+
+@mutant(
+    "components.no_norms", "any", "components.lookup", OlmoTransformerBridge, "block_submodules"
+)
+def no_norms(original: Any) -> Any:
+    """block_submodules leaves the LayerNorms out."""
+
+    def block_submodules(self: Any, layer_idx: int) -> list[str]:
+        return [name for name in original(self, layer_idx) if not name.startswith("ln")]
+
+    return block_submodules
