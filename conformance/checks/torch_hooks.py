@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from conformance.spec import Case
 from conformance.strategies import cases, legal_flags, run_specs
 from conformance.subjects import Subject, bridged, reference
 
+INSIDE = ".original_component"
+
 Seen = Mapping[str, list[tuple[torch.Tensor, ...]]]
 
 
@@ -29,11 +31,11 @@ def _halved(_module: nn.Module, _args: Any, output: Any) -> Any:
 
 
 def _heard(
-    subject: Subject, case: Case, modules: Mapping[str, nn.Module], edited: str
+    subject: Subject, case: Case, modules: Mapping[str, nn.Module], edited: Iterable[str]
 ) -> tuple[Observation, Seen]:
-    """One forward with a hook on each module, and an edit on one: what every call gave.
+    """One forward with a hook on each module, and edits on some: what every call gave.
 
-    The edit comes after what its own module shows. All are taken off again.
+    An edit comes after what its own module shows. All hooks are taken off again.
     """
     seen: dict[str, list[tuple[torch.Tensor, ...]]] = {name: [] for name in modules}
 
@@ -45,7 +47,7 @@ def _heard(
         return keeping
 
     handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-    handles.append(modules[edited].register_forward_hook(_halved))
+    handles += [modules[name].register_forward_hook(_halved) for name in edited]
     shown = observe(subject, case, backward=False)
     for handle in handles:
         handle.remove()
@@ -59,7 +61,7 @@ def _bridge_modules(subject: Subject, every: list[Part]) -> dict[str, nn.Module]
         component: Any = bridge_of(subject).get_submodule(part.path)
         found[part.path] = component
         if part.role is not AttentionBridge:
-            found[f"{part.path}.original_component"] = component.original_component
+            found[part.path + INSIDE] = component.original_component
     return found
 
 
@@ -67,33 +69,33 @@ def _bridge_modules(subject: Subject, every: list[Part]) -> dict[str, nn.Module]
     "hook_api.torch",
     "PyTorch's own forward hooks on every component, and on the module it wraps (but attention's, "
     "which is not run), are called once a forward, under flags too, see what the same hooks see on "
-    "Hugging Face's model, and what one of them returns has the effect that it has there.",
+    "Hugging Face's model, and what they return has the effect that it has there.",
     lambda: cases(runs=lambda model: run_specs(model, flags=legal_flags())),
     examples=0.15,
 )
 def torch_hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """One module's output is halved, on the bridge outside or inside of the component."""
+    """The outputs of some are halved, on the bridge outside or inside of the component."""
     case, draw = in_one_forward(case), drawing(case)
     every = parts(case.model)
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
     if draw(3):
         turn(subject, case.run.flags, True)
     modules = _bridge_modules(subject, every)
-    edited = list(modules)[draw(len(modules))]
+    edited = [name for name in modules if draw(3) == 0]
     truth = reference(case.model)
     there = {part.path: truth.model.get_submodule(part.module) for part in every}
-    expected, due = _heard(truth, case, there, edited.removesuffix(".original_component"))
+    expected, due = _heard(truth, case, there, [name.removesuffix(INSIDE) for name in edited])
     actual, got = _heard(subject, case, modules, edited)
-    when = f"with the output of {edited} halved"
+    when = f"with halved outputs of {', '.join(edited)}"
     yield from logits_gap(expected, actual, f"logits {when}")
     for name, calls in got.items():
-        path = name.removesuffix(".original_component")
+        path = name.removesuffix(INSIDE)
         if len(calls) != len(due[path]):
             told = f"its PyTorch hooks are called {len(calls)} times, not {len(due[path])}"
             yield Gap(name, "contract", told)
         for wanted, tensors in zip(due[path], calls, strict=False):
-            if name == path and edited == f"{path}.original_component":
-                wanted = _halved(modules[edited], (), wanted)
+            if name == path and path + INSIDE in edited:
+                wanted = _halved(modules[name], (), wanted)
             yield from exact_gaps(_numbered(name, wanted), _numbered(name, tensors))
 
 
