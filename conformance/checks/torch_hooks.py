@@ -86,17 +86,17 @@ def torch_hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     there = {part.path: truth.model.get_submodule(part.module) for part in every}
     expected, due = _heard(truth, case, there, [name.removesuffix(INSIDE) for name in edited])
     actual, got = _heard(subject, case, modules, edited)
-    when = f"with halved outputs of {', '.join(edited)}"
-    yield from logits_gap(expected, actual, f"logits {when}")
+    for name, calls in got.items():
+        if len(calls) != len(due[name.removesuffix(INSIDE)]):
+            told = f"its PyTorch hooks are called {len(calls)} times, not once"
+            yield Gap(name, "contract", told)
     for name, calls in got.items():
         path = name.removesuffix(INSIDE)
-        if len(calls) != len(due[path]):
-            told = f"its PyTorch hooks are called {len(calls)} times, not {len(due[path])}"
-            yield Gap(name, "contract", told)
         for wanted, tensors in zip(due[path], calls, strict=False):
             if name == path and path + INSIDE in edited:
                 wanted = _halved(modules[name], (), wanted)
             yield from exact_gaps(_numbered(name, wanted), _numbered(name, tensors))
+    yield from logits_gap(expected, actual, f"logits with halved outputs of {', '.join(edited)}")
 
 
 def _numbered(name: str, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
