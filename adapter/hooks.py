@@ -36,12 +36,22 @@ class OlmoHookPoint(HookPoint):
         return x.clone() if is_hooked(self) else x
 
     def __dir__(self) -> list[str]:
-        """Name what is a hook point's own, and not all that any module has.
+        """Name what is public and a hook point's own, and not all that any module has.
 
         TransformerLens asks every module for everything that it names, twice, when it builds a
         bridge; most modules are hook points.
         """
-        return sorted({*vars(HookPoint), *vars(OlmoHookPoint), *vars(self)})
+        return [*_PUBLIC, *(name for name in vars(self) if name[0] != "_")]
+
+    def train(self, mode: bool = True) -> OlmoHookPoint:
+        """Change the mode, which means nothing here, without a search for modules below.
+
+        Whoever changes a bridge's mode changes that of more hook points than of other modules.
+        """
+        if not isinstance(mode, bool):
+            raise ValueError(f"training mode is expected to be boolean, not {mode!r}")
+        object.__setattr__(self, "training", mode)
+        return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OlmoHookPoint:
         """Copy as any object is copied, only faster: nearly all that a hook point holds is empty.
@@ -72,6 +82,11 @@ class OlmoHookPoint(HookPoint):
 
         before.__name__ = getattr(hook, "__name__", repr(hook))
         return self.register_full_backward_pre_hook(before, prepend=prepend)
+
+
+_PUBLIC = tuple(
+    name for kind in (HookPoint, OlmoHookPoint) for name in vars(kind) if name[0] != "_"
+)
 
 
 def new_hook() -> HookPoint:

@@ -60,7 +60,7 @@ class OlmoLayerNormBridge(NormalizationBridge):
         wide = hidden_states.to(torch.float32)
         centered = wide - wide.mean(-1, keepdim=True)
         scale = (centered.pow(2).mean(-1, keepdim=True) + EPS).sqrt()
-        hooked = self.hook_scale(scale.clone())
+        hooked = self.hook_scale(scale)
         rebuilt = centered / hooked
         connected = native + (rebuilt - centered / scale).to(native.dtype)
         return torch.where(hooked == scale, connected, rebuilt.to(native.dtype))

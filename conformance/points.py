@@ -10,8 +10,9 @@ import torch
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge import TransformerBridge
 
-from conformance.recorder import Recorder, unturned
+from conformance.recorder import Recorder
 from conformance.subjects import Subject
+from conformance.taps import unturned
 
 
 def _value_hook(
@@ -25,7 +26,7 @@ def _value_hook(
                 tensor.copy_(new)
                 new = None
         if returned and tensor.requires_grad and recorder.backward:
-            new = tensor.view_as(tensor) if new is None else new
+            new = tensor[...] if new is None else new
             recorder.differentiable[name] = new, unturned
         recorder.value(name, recorder.kept(tensor if new is None else new))
         return new

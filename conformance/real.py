@@ -133,8 +133,8 @@ def _run_tapped(
     config = judged.model.config
     d_head = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
 
-    def see(site: str, value: torch.Tensor, source: torch.Tensor, turn: Any) -> None:
-        watch("value", site, value)
+    def see(site: str, source: torch.Tensor, turn: Any, value: torch.Tensor | None) -> None:
+        watch("value", site, turn(source.detach()) if value is None else value)
         _tell_layer(judged, name, site)
         if source.requires_grad:
             source.register_hook(  # type: ignore[no-untyped-call]

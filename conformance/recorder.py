@@ -9,7 +9,7 @@ import torch
 
 from conformance.edits import edited
 from conformance.spec import Case
-from conformance.taps import Turn
+from conformance.taps import Turn, unturned
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -46,7 +46,8 @@ class Recorder:
         hooking: Get gradients by hooks on a Hugging Face model's tensors and a plain backward:
             checkpointing refuses to be asked for those of tensors.
         edits_gradients: Whether `gradient` may return another one.
-        copying: Copy the values that a bridge shows. If not, see `overwritten`.
+        copying: Copy the values that a bridge shows, and detach all. If not, see `overwritten`, and
+            values are part of a graph that has been walked through: it saves a call for each.
         overwrites: Sites of a bridge whose gradient is edited where it lies, and whether the hook
             that did so hands it back as well.
     """
@@ -71,11 +72,10 @@ class Recorder:
 
     def kept(self, tensor: torch.Tensor) -> torch.Tensor:
         """The value of somebody else's tensor, to be kept."""
-        value = tensor.detach()
         if self.copying:
-            return value.clone()
-        self._versions.append((value, value._version))
-        return value
+            return tensor.detach().clone()
+        self._versions.append((tensor, tensor._version))
+        return tensor
 
     def overwritten(self) -> bool:
         """Whether a tensor that was kept and not copied has been written to in place since."""
@@ -102,8 +102,20 @@ class Recorder:
             self.gradients[name] = tensor
         return None
 
-    def see(self, name: str, value: torch.Tensor, source: torch.Tensor, turn: Turn) -> None:
-        """Keep a site's value, and where its gradient comes from."""
+    def see(
+        self, name: str, source: torch.Tensor, turn: Turn, value: torch.Tensor | None = None
+    ) -> None:
+        """Keep a site's value, and where its gradient comes from.
+
+        Args:
+            name: The site's.
+            source: A tensor of the model's own graph.
+            turn: Gives the site's tensor of the source, and the site's gradient of the source's.
+            value: The site's value, if ``turn`` does not give it.
+        """
+        if value is None:
+            plain = turn is unturned and not self.copying
+            value = source if plain else turn(source.detach())
         self.value(name, value)
         self._differentiate(name, source, turn)
 
@@ -123,8 +135,3 @@ class Recorder:
         self.value(name, tensor.detach())
         self._differentiate(name, tensor, unturned)
         return tensor
-
-
-def unturned(tensor: torch.Tensor) -> torch.Tensor:
-    """The `Turn` of a gradient that is in the hook's layout already."""
-    return tensor

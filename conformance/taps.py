@@ -33,7 +33,7 @@ LAYER_NORM_EPS = 1e-5  # transformers' OlmoLayerNorm.forward passes it to F.laye
 
 Visit = Callable[[str, torch.Tensor], torch.Tensor]
 Turn = Callable[[torch.Tensor], torch.Tensor]
-See = Callable[[str, torch.Tensor, torch.Tensor, Turn], None]
+See = Callable[[str, torch.Tensor, Turn, "torch.Tensor | None"], None]
 _INSIDE = (Port.QUERY, Port.KEY, Port.SCORES, Port.PATTERN)
 # The taps on the model that an attention is part of.
 _ATTACHED: WeakKeyDictionary[nn.Module, Taps] = WeakKeyDictionary()
@@ -109,9 +109,9 @@ class Taps(TorchFunctionMode):
             outputs.
         copies: Whether it may be copies of these that are clamped, as in a patched model. If not,
             the outputs are looked at when attention has clamped all of them.
-        see: Called instead of `visit` where nothing is edited, with the site's value, a tensor of
-            the model's own graph, and a function that turns this tensor's gradient into the
-            site's: no node is added to the graph.
+        see: Called instead of `visit` where nothing is edited, with a tensor of the model's own
+            graph, a function that turns this tensor into the site's value, and its gradient into
+            the site's, and the value if that is another: no node is added to the graph.
 
     Attributes:
         cached: Whether the run is given a `TappedCache`; set it before each run.
@@ -137,7 +137,7 @@ class Taps(TorchFunctionMode):
         self._see: See = see or _nothing
         self._model, self._visit, self._d_head = model, visit, d_head
         turns: dict[Layout, Turn] = {
-            Layout.SAME: lambda tensor: tensor,
+            Layout.SAME: unturned,
             Layout.HEADS: lambda tensor: tensor.reshape(*tensor.shape[:-1], -1, d_head),
             Layout.SWAPPED: lambda tensor: tensor.transpose(1, 2),
         }
@@ -168,8 +168,7 @@ class Taps(TorchFunctionMode):
                 seen = self._visit(site.name, self._to_hook(site, tensor))
                 tensor = self._from_hook(site.layout, seen)
             else:
-                turn = self._turns[site.name]
-                self._see(site.name, turn(tensor.detach()), tensor, turn)
+                self._see(site.name, tensor, self._turns[site.name], None)
         return tensor
 
     def inside(self, layer: int, port: Port, tensor: torch.Tensor) -> torch.Tensor:
@@ -181,7 +180,7 @@ class Taps(TorchFunctionMode):
     def _to_hook(self, site: Site, tensor: torch.Tensor) -> torch.Tensor:
         """A fresh node of the graph, which the edits of other sites at the place do not reach."""
         same = site.layout is Layout.SAME
-        return tensor.view_as(tensor) if same else self._turns[site.name](tensor)
+        return tensor[...] if same else self._turns[site.name](tensor)
 
     def _from_hook(self, layout: Layout, tensor: torch.Tensor) -> torch.Tensor:
         if layout is Layout.HEADS:
@@ -241,7 +240,7 @@ class Taps(TorchFunctionMode):
                 kwargs = {**kwargs, "position_embeddings": rotated}
             tensor = args[0] if args else kwargs["hidden_states"]
             if tensor.requires_grad:
-                tensor = tensor.view_as(tensor)  # others may read it: the gradient of this use
+                tensor = tensor[...]  # others may read it: the gradient of this use
             tensor = self.through(into, tensor)
             return (
                 ((tensor, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": tensor})
@@ -294,7 +293,7 @@ class Taps(TorchFunctionMode):
                 # In the order in which autograd takes the derivative of a quotient.
                 return (-gradient.float() * (centered / scale / scale)).sum(-1, keepdim=True)
 
-            self._see(site.name, scale, output, of_scale)
+            self._see(site.name, output, of_scale, scale)
             return output
         seen = self._visit(site.name, self._to_hook(site, scale))
         rebuilt = centered / seen
@@ -320,6 +319,11 @@ class Taps(TorchFunctionMode):
             stack.callback(self._model.set_attn_implementation, before)  # type: ignore[arg-type]
             stack.callback(self._forget_clamps)  # where the model raised in the midst of them
             yield
+
+
+def unturned(tensor: torch.Tensor) -> torch.Tensor:
+    """The `Turn` of a tensor that is in the hook's layout already."""
+    return tensor
 
 
 def _nothing(*_: object) -> None:
