@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
 from adapter.recompute import same_hooks_again
@@ -20,8 +21,19 @@ class OlmoBlockBridge(BlockBridge):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block on the residual stream ``[batch, pos, d_model]``."""
-        with same_hooks_again(self, self.original_component):
-            return super().forward(*args, **kwargs)
+        captured = self.attn._captured_pre_ln_residual  # of a forward whose hook runs this one
+        try:
+            with same_hooks_again(self, self.original_component):
+                return super().forward(*args, **kwargs)
+        finally:
+            self.attn._captured_pre_ln_residual = captured
+
+    def _check_stop_at_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Stop with a tensor of the caller's own: hooks may keep the one that they have seen."""
+        try:
+            super()._check_stop_at_layer(*args, **kwargs)
+        except StopAtLayerException as stop:
+            raise StopAtLayerException(stop.layer_output.clone()) from None
 
     def _maybe_wire_capture_hooks(self) -> None:
         """Listen at the two LayerNorms, once."""

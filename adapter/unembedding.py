@@ -27,5 +27,6 @@ class OlmoUnembeddingBridge(UnembeddingBridge):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Logits ``[batch, pos, d_vocab]``, the caller's own: a cache keeps another tensor."""
+        shown = is_hooked(self.hook_out)  # before: a hook may remove itself
         logits: torch.Tensor = super().forward(hidden_states, **kwargs)
-        return logits.clone() if is_hooked(self.hook_out) else logits
+        return logits.clone() if shown else logits

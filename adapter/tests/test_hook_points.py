@@ -52,6 +52,40 @@ def test_the_logits_are_the_caller_s_own() -> None:
     assert same(cache["unembed.hook_out"], kept)
 
 
+@pytest.mark.parametrize("site", ["unembed.hook_out", "blocks.0.hook_out", "blocks.1.hook_in"])
+def test_what_a_hook_has_seen_is_not_the_caller_s_to_change(site: str) -> None:
+    bridge, seen = models.bridged(models.olmo()), []
+
+    def look(tensor: Any, hook: Any) -> None:
+        seen.append(tensor)
+        hook.remove_hooks("fwd")
+
+    bridge.add_hook(site, look)
+    with torch.no_grad():
+        output = bridge(TOKENS, stop_at_layer=None if site.startswith("unembed") else 1)
+    kept = seen[0].clone()
+    output.zero_()
+    assert same(seen[0], kept)
+
+
+def test_a_hook_may_run_the_model_under_a_flag_of_its_input() -> None:
+    bridge = models.bridged(models.olmo())
+    bridge.set_use_split_qkv_input(True)
+    edit = ("blocks.0.attn.hook_q_input", half)
+    within: list[Any] = []
+
+    def run(tensor: Any, hook: Any) -> None:
+        if not within:
+            within.append(None)
+            within[0] = bridge(TOKENS.flip(1))
+
+    with torch.no_grad():
+        plain = [bridge.run_with_hooks(t, fwd_hooks=[edit]) for t in (TOKENS, TOKENS.flip(1))]
+        outer = bridge.run_with_hooks(TOKENS, fwd_hooks=[edit, ("blocks.0.ln1.hook_out", run)])
+    assert same(outer, plain[0])
+    assert same(within[0], plain[1])
+
+
 def gradients_of(bridge: Any, *hooks: Any, forward: Any = (), site: str = SITE) -> Any:
     bridge.zero_grad()
     with bridge.hooks(fwd_hooks=list(forward), bwd_hooks=[(site, hook) for hook in hooks]):
