@@ -1,0 +1,132 @@
+"""What a hook may do besides to edit: keep its tensor, and run the model itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformer_lens.hook_points import HookPoint
+
+from conformance.checks.hooking import value_gaps
+from conformance.checks.registry import Adapter, check
+from conformance.checks.support import (
+    bridge_of,
+    drawing,
+    exact_gaps,
+    in_one_forward,
+    sites_to_hook,
+    turn,
+)
+from conformance.compare import Gap, bitwise, labelled
+from conformance.inputs import inputs
+from conformance.observe import observe, options, sites_of, started
+from conformance.points import hook_points
+from conformance.sites import behind_flags
+from conformance.spec import Case
+from conformance.strategies import cases, legal_flags, run_specs
+from conformance.subjects import at_work, bridged, reference
+
+
+@check(
+    "hook_api.kept",
+    "A tensor that a hook keeps stays what it was when the caller writes to the output or to the "
+    "tokens in place, also when the hook removes itself and when the run stops at a layer.",
+    cases,
+    examples=0.15,
+)
+def kept(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """Every site's, with no copy of ours, in one run without a gradient."""
+    case, draw = in_one_forward(case), drawing(case)
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    sites = sites_to_hook(subject, case)
+    every = sites_of(subject, case)
+    expected = observe(reference(case.model), case, sites=every, backward=False)
+    stop, once = (None, draw(case.model.num_hidden_layers))[draw(2)], bool(draw(2))
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor, hook: HookPoint) -> None:
+        seen[str(hook.name)] = tensor
+        if once:
+            hook.remove_hooks("fwd")
+
+    points = hook_points(subject)
+    for name in sites:
+        points[name].add_hook(keep)
+    tokens = inputs(case).tokens.clone()
+    given = {"return_type": "logits", "stop_at_layer": stop, **options(subject, case)}
+    with at_work("a hooked forward"), torch.no_grad(), started(subject, case):
+        output = bridge_of(subject)(tokens, **given)
+    output.zero_()
+    tokens.zero_()
+    for name, tensor in seen.items():
+        yield from value_gaps(name, sites[name], expected, tensor)
+
+
+def _halve(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor:
+    return tensor / 2 if tensor.is_floating_point() else tensor
+
+
+@check(
+    "hook_api.nested",
+    "A hook that runs the model on other tokens gets what it gets outside of a hook, under flags "
+    "and with an edit too, and the run around it is what it is without that.",
+    lambda: cases(runs=lambda model: run_specs(model, flags=legal_flags())),
+    examples=0.25,
+)
+def nested(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """One edit, and every value of the run around: each bit as where neither is within the other.
+
+    Most edits are behind a flag, and most runs between what that flag copies and what reads it.
+    """
+    case, draw = in_one_forward(case, training=False), drawing(case)
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    bridge: Any = bridge_of(subject)
+    sites = list(sites_to_hook(subject, case))
+    edits, places = sites, sites
+    if draw(6):
+        turn(subject, case.run.flags, True)
+        edits = list(behind_flags(case.model, case.run.flags)) if draw(4) else sites
+    edit = edits[draw(len(edits))]
+    block, _, rest = edit.partition(".attn.")
+    if rest and draw(4):
+        places = [f"{block}.ln1.hook_out", f"{block}.attn.hook_in"]
+    place = places[draw(len(places))]
+    seed = case.run.token_seed ^ 1
+    other = replace(case, run=replace(case.run, token_seed=seed), tokens=case.tokens[::-1])
+    given = {"return_type": "logits", **options(subject, case)}
+    within: list[torch.Tensor] = []
+    seen: dict[str, torch.Tensor] = {}
+    running = False
+
+    def run(tensor: torch.Tensor, hook: HookPoint) -> None:
+        nonlocal running
+        if not running:
+            running = True
+            within.append(bridge(inputs(other).tokens, **given))
+            running = False
+
+    def keep(tensor: torch.Tensor, hook: HookPoint) -> None:
+        if not running:
+            seen[str(hook.name)] = tensor.detach().clone()
+
+    def forward(case: Case, *hooks: Any) -> torch.Tensor:
+        every = [(edit, _halve), *hooks, *((name, keep) for name in sites)]
+        with at_work(f"a forward with an edit at {edit}"), torch.no_grad():
+            logits: torch.Tensor = bridge.run_with_hooks(
+                inputs(case).tokens, fwd_hooks=every, **given
+            )
+        return logits
+
+    alone = forward(other)
+    around, due = forward(case), dict(seen)
+    seen.clear()
+    got = forward(case, (place, run))
+    label = f"with an edit at {edit} and a run in a hook at {place}"
+    yield from exact_gaps(due, seen)
+    yield from labelled(label, bitwise("logits of the run around", around, got))
+    for logits in within:
+        yield from labelled(label, bitwise("logits of the run within", alone, logits))
+    if len(within) != 1:
+        yield Gap(place, "missing" if not within else "count", f"fired {len(within)} times")
