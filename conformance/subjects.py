@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from torch import nn
 from transformer_lens.config import TransformerBridgeConfig
@@ -124,6 +125,16 @@ def hf_config(model: ModelSpec, attention: str = "eager") -> OlmoConfig:
         eos_token_id=None,
         **extra,
     )
+
+
+@cache
+def takes_whole_clips() -> bool:
+    """Whether a configuration may say 8 for 8.0. transformer_lens sees to that from 3.9 on."""
+    try:
+        OlmoConfig(clip_qkv=8)
+    except StrictDataclassError:
+        return False
+    return True
 
 
 def _fill(parameters: Mapping[str, nn.Parameter], model: ModelSpec) -> None:

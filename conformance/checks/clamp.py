@@ -23,7 +23,7 @@ from conformance.observe import observe, sites_of
 from conformance.sites import POST_CLIP
 from conformance.spec import Case, ModelSpec
 from conformance.strategies import WIDE_DTYPES, cases, clip_present, model_specs
-from conformance.subjects import Subject, bridged, patched, reference
+from conformance.subjects import Subject, bridged, patched, reference, takes_whole_clips
 from conformance.tolerance import exactly
 from conformance.verdict import NotApplicable
 
@@ -110,7 +110,8 @@ def sized_cases() -> SearchStrategy[Case]:
     """Cases with a clip of any size, which binds once the projections are of that size."""
 
     def sized(model: ModelSpec, size: float) -> ModelSpec:
-        return replace(model, clip_qkv=min(size, _LARGEST.get(model.dtype, size)))
+        clip = min(size, _LARGEST.get(model.dtype, size))
+        return replace(model, clip_qkv=clip if takes_whole_clips() else float(clip))
 
     drawn = model_specs(clips=st.just(1.0))
     return cases(models=st.builds(sized, drawn, st.sampled_from(_SIZES)))

@@ -30,6 +30,7 @@ from conformance.subjects import (
     lens_config,
     patched,
     reference,
+    takes_whole_clips,
 )
 from conformance.taps import LAYER_NORM_EPS
 
@@ -131,7 +132,8 @@ def _change(case: Case) -> tuple[str, Case, Callable[[Any], None]]:
     if seed % 3 == 0:
         once = model.clip_qkv
         # The int is as an 8 in the place of 8.0 in a file.
-        clips: tuple[float | None, ...] = (0.3, 1) if once is None else (None, once / 2, 1)
+        whole = 1 if takes_whole_clips() else 1.0
+        clips: tuple[float | None, ...] = (0.3, whole) if once is None else (None, once / 2, whole)
         clip = clips[seed // 3 % len(clips)]
         after = replace(case, model=replace(model, clip_qkv=clip))
         return f"clip_qkv={clip}", after, lambda hf: _set_clip(hf, clip)
