@@ -85,7 +85,7 @@ def nested(adapter: Adapter, case: Case) -> Iterator[Gap]:
     bridge: Any = bridge_of(subject)
     sites = list(sites_to_hook(subject, case))
     edits, places = sites, sites
-    if draw(6):
+    if case.run.flags and draw(6):
         turn(subject, case.run.flags, True)
         edits = list(behind_flags(case.model, case.run.flags)) if draw(4) else sites
     edit = edits[draw(len(edits))]
