@@ -135,9 +135,11 @@ def by_bridge(
 
 
 def by_hf_generate(subject: Subject, case: Case, data: Inputs) -> Text:
-    """What a bridge's hf_generate gives, greedily, of prompts without padding."""
+    """What a bridge's hf_generate gives, greedily, at the positions of `by_hugging_face`."""
+    mask = data.attention_mask
     asked = {
-        "attention_mask": torch.ones_like(data.tokens),
+        "attention_mask": torch.ones_like(data.tokens) if mask is None else mask,
+        "position_ids": None if mask is None else derived_positions(mask),
         "max_new_tokens": steps_of(case),
         "do_sample": False,
         "stop_at_eos": False,

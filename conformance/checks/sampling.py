@@ -19,10 +19,10 @@ from conformance.checks.caches import differing_caches, from_the_seed
 from conformance.checks.generation import (
     by_bridge,
     by_hugging_face,
+    differing_streams,
     differing_texts,
     generating,
     generating_cases,
-    differing_streams,
     steps_of,
 )
 from conformance.checks.registry import Adapter, check
