@@ -12,6 +12,7 @@ from hypothesis.strategies import SearchStrategy
 from transformer_lens.hook_points import HookPoint
 from transformers import DynamicCache
 
+from conformance.checks.gates import FORKS, OTHERS
 from conformance.checks.hooking import (
     attached,
     changes,
@@ -23,13 +24,13 @@ from conformance.checks.hooking import (
 )
 from conformance.checks.interventions import edited_runs
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import drawing, in_one_forward, quiet, some_positions
-from conformance.compare import Gap, compare_tensors
+from conformance.checks.support import drawing, in_one_forward, quiet, some_positions, turn
+from conformance.compare import Gap, bitwise, compare_tensors
 from conformance.edits import edited
 from conformance.inputs import inputs
 from conformance.observe import observe, sites_of
 from conformance.points import hook_points
-from conformance.sites import Site
+from conformance.sites import Site, behind_flags
 from conformance.spec import Case, Edit
 from conformance.strategies import cases
 from conformance.subjects import Subject, at_work, bridged, reference
@@ -104,8 +105,8 @@ def _toggled(cache: Any) -> Iterator[Gap]:
 @check(
     "caching.values",
     "run_with_cache keeps just the names asked for (by a string, list or filter, canonical or "
-    "alias), each with the reference's tensor at the positions, on the device and in the shape "
-    "asked for, and changes neither the logits nor the bridge.",
+    "alias), each with the reference's tensor at the positions, behind flags too, on the device "
+    "and in the shape asked for, and changes neither the logits nor the bridge.",
     cases,
     examples=0.7,
 )
@@ -152,6 +153,23 @@ def values(adapter: Adapter, case: Case) -> Iterator[Gap]:
             yield from value_gaps(name, site, expected, tensor, view(site))
         elif tensor.shape != (due := view(site)(expected.values[site.name])).shape:
             yield Gap(name, "shape", f"{list(tensor.shape)} instead of {list(due.shape)}")
+    if wish.named["pos_slice"] is not None and case.run.token_seed % 3 == 0:
+        yield from _behind_flags(subject, case, wish)
+
+
+def _behind_flags(subject: Subject, case: Case, wish: _Wish) -> Iterator[Gap]:
+    """What the positions picked of hooks behind flags are, beside what is kept without picking."""
+    draw = drawing(case)
+    flags = (*FORKS[1 + draw(len(FORKS) - 1)], *OTHERS[draw(len(OTHERS))])
+    rows = behind_flags(case.model, flags)
+    turn(subject, flags, True)
+    asked: dict[str, Any] = {"names_filter": list(rows)}
+    _, whole = run_with_cache(subject, case, inputs(case).tokens, **asked)
+    asked["pos_slice"] = wish.named["pos_slice"]
+    _, picked = run_with_cache(subject, case, inputs(case).tokens, **asked)
+    for name, site in rows.items():
+        pick = picking(site, wish.positions, batchless=False)
+        yield from bitwise(f"{name}, sliced", pick(whole[name]), picked[name])
 
 
 def changed_cases() -> SearchStrategy[Case]:

@@ -50,15 +50,18 @@ class Text:
     Attributes:
         tokens: ``[batch, pos]``: of the prompt, if it had tokens, and all new ones.
         logits: Of each step, ``[batch, d_vocab]``, as float32.
+        random_state: PyTorch's, when all was generated.
     """
 
     tokens: torch.Tensor
     logits: tuple[torch.Tensor, ...]
+    random_state: torch.Tensor
 
     @staticmethod
     def of(output: Any) -> Text:
-        """From what either side returns."""
-        return Text(output.sequences, tuple(step.float() for step in output.logits))
+        """From what either side has just returned."""
+        logits = tuple(step.float() for step in output.logits)
+        return Text(output.sequences, logits, torch.get_rng_state())
 
 
 def steps_of(case: Case) -> int:
@@ -131,6 +134,23 @@ def by_bridge(
         )
 
 
+def by_hf_generate(subject: Subject, case: Case, data: Inputs) -> Text:
+    """What a bridge's hf_generate gives, greedily, at the positions of `by_hugging_face`."""
+    mask = data.attention_mask
+    asked = {
+        "attention_mask": torch.ones_like(data.tokens) if mask is None else mask,
+        "position_ids": None if mask is None else derived_positions(mask),
+        "max_new_tokens": steps_of(case),
+        "do_sample": False,
+        "stop_at_eos": False,
+        "use_past_kv_cache": case.run.use_cache,
+        "logits_to_keep": 0,
+        "output_logits": True,
+    }
+    with from_the_seed(case, subject), at_work("hf_generate"):
+        return Text.of(bridge_of(subject).hf_generate(data.tokens, **asked))
+
+
 def generating(case: Case, adapter: Adapter) -> Subject:
     """A bridged subject whose forwards have a cache just where the case's have one."""
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
@@ -140,13 +160,27 @@ def generating(case: Case, adapter: Adapter) -> Subject:
 
 
 def differing_texts(expected: Text, actual: Text) -> Iterator[Gap]:
-    """The logits of each step, bit for bit, then all tokens."""
+    """The logits of each step, bit for bit, then all tokens, and what would be drawn next."""
     if len(expected.logits) != len(actual.logits):
         told = f"{len(actual.logits)} steps instead of {len(expected.logits)}"
         yield Gap("steps", "count", told)
     for step, (due, got) in enumerate(zip(expected.logits, actual.logits, strict=False)):
         yield from bitwise(f"logits of step {step}", due, got)
     yield from bitwise("tokens", expected.tokens, actual.tokens)
+    yield from bitwise("random state", expected.random_state, actual.random_state)
+
+
+def differing_streams(
+    expected: Text, subject: Subject, case: Case, **options: Any
+) -> Iterator[Gap]:
+    """The tokens of generate_stream with these options, in pieces of a drawn size, as one text."""
+    data = inputs(case)
+    asked = bridge_options(case, data, max_tokens_per_yield=1 + case.run.token_seed % 3, **options)
+    with from_the_seed(case, subject), at_work("generate_stream"):
+        pieces = list(bridge_of(subject).generate_stream(data.tokens, **asked))
+        state = torch.get_rng_state()
+    yield from bitwise("tokens of the stream", expected.tokens, torch.cat(pieces, dim=1))
+    yield from bitwise("random state after the stream", expected.random_state, state)
 
 
 def ends(case: Case, new: torch.Tensor) -> list[int]:
@@ -201,5 +235,5 @@ def embeddings(adapter: Adapter, case: Case) -> Iterator[Gap]:
         expected = by_hugging_face(case, data, inputs_embeds=prompt)
     else:  # Hugging Face's loop forgets the embeddings after a step that kept no cache
         whole = by_hugging_face(case, data)
-        expected = Text(whole.tokens[:, case.run.seq_len :], whole.logits)
+        expected = replace(whole, tokens=whole.tokens[:, case.run.seq_len :])
     yield from differing_texts(expected, by_bridge(generating(case, adapter), case, data, prompt))

@@ -16,6 +16,7 @@ from conformance.checks.chunks import hooks_at, tapping
 from conformance.checks.generation import (
     bridge_options,
     by_bridge,
+    by_hf_generate,
     by_hugging_face,
     differing_texts,
     generating,
@@ -24,7 +25,7 @@ from conformance.checks.generation import (
 )
 from conformance.checks.interventions import edited_runs
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of
+from conformance.checks.support import bridge_of, drawing
 from conformance.compare import Gap, bitwise, compare_values
 from conformance.inputs import inputs
 from conformance.observe import sites_of
@@ -72,8 +73,9 @@ def edited_generations() -> SearchStrategy[Case]:
 
 @check(
     "generation.hooks",
-    "During a generation every hook fires once at each step, and sees what Hugging Face's model "
-    "computes there at that step; an edit changes all steps' logits and tokens as it does there.",
+    "During a generation, by generate or hf_generate, every hook fires once at each step, and sees "
+    "what Hugging Face's model computes there at that step; an edit changes all steps' logits and "
+    "tokens as it does there.",
     edited_generations,
     examples=0.35,
 )
@@ -86,8 +88,9 @@ def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     ours.begin(case)
     expected = by_hugging_face(case, data, lambda truth: tapping(truth, case, sites, theirs))
     bridge = bridge_of(subject)
+    by = by_bridge if drawing(case)(2) else by_hf_generate
     with bridge.hooks(fwd_hooks=hooks_at(sites, ours)):
-        actual = by_bridge(subject, case, data)
+        actual = by(subject, case, data)
     yield from compare_values(
         Observation(_NOTHING, theirs.values),
         Observation(_NOTHING, ours.values, fired=tuple(ours.fired)),

@@ -18,6 +18,7 @@ from conformance.checks.generation import (
     bridge_options,
     by_bridge,
     by_hugging_face,
+    differing_streams,
     differing_texts,
     generating,
     generating_cases,
@@ -33,7 +34,7 @@ from conformance.observe import sites_of
 from conformance.recorder import Recorder
 from conformance.spec import Case
 from conformance.strategies import cases
-from conformance.subjects import at_work, reference
+from conformance.subjects import Subject, at_work, reference
 from conformance.taps import TappedCache
 from conformance.tolerance import of_value
 
@@ -58,7 +59,8 @@ def option_cases() -> SearchStrategy[Case]:
 @check(
     "generation.options",
     "repetition_penalty and stopping_criteria do what they do in Hugging Face's generate; "
-    "temperature 0 is greedy, and greedy generation heeds no freq_penalty.",
+    "temperature 0 is greedy, and greedy generation heeds no freq_penalty; generate_stream does "
+    "the same.",
     option_cases,
     examples=0.3,
 )
@@ -83,12 +85,14 @@ def options(adapter: Adapter, case: Case) -> Iterator[Gap]:
     theirs, ours = ways[0 if penalized else 1 + case.run.token_seed // 2 % 3]
     expected = by_hugging_face(case, data, **theirs)
     yield from differing_texts(expected, by_bridge(generating(case, adapter), case, data, **ours))
+    yield from differing_streams(expected, generating(case, adapter), case, **ours)
 
 
 @check(
     "generation.stream",
-    "generate_stream gives the prompt and the tokens of generate, in pieces of the asked size; "
-    "return_input_tokens gives the prompt beside the tokens.",
+    "generate_stream gives the prompt and the tokens of generate, in pieces of the asked size, "
+    "and of two streams, taken in turns, each its own; return_input_tokens gives the prompt beside "
+    "the tokens.",
     generating_cases,
     examples=0.12,
 )
@@ -106,11 +110,29 @@ def stream(adapter: Adapter, case: Case) -> Iterator[Gap]:
     for index, piece in enumerate(pieces[1:-1], start=1):
         if piece.shape[1] != size:
             yield Gap(f"piece {index}", "count", f"{piece.shape[1]} tokens instead of {size}")
+    if not (case.run.training and case.model.attention_dropout):  # they would draw in turns too
+        yield from _in_turns(generating(case, adapter), case, asked)
     subject = generating(case, adapter)
     with from_the_seed(case, subject), at_work("return_input_tokens"):
         both = bridge_of(subject).generate(data.tokens, return_input_tokens=True, **asked)
     for name, due, got in zip(("tokens", "prompt"), (expected, data.tokens), both, strict=True):
         yield from bitwise(name, due, got)
+
+
+def _in_turns(subject: Subject, case: Case, asked: dict[str, Any]) -> Iterator[Gap]:
+    """Two streams of one bridge, of texts of one length: dynamic RoPE remembers lengths."""
+    data = inputs(case)
+    other = data.tokens.flip(0).roll(1, dims=1)
+    bridge = bridge_of(subject)
+    texts = [data, replace(data, tokens=other)]
+    with from_the_seed(case, subject), at_work("two streams in turns"):
+        streams = [
+            bridge.generate_stream(text.tokens, max_tokens_per_yield=1, **asked) for text in texts
+        ]
+        told = list(zip(*streams, strict=True))
+    for index, (text, pieces) in enumerate(zip(texts, zip(*told, strict=True), strict=True)):
+        due = by_hugging_face(case, text).tokens
+        yield from bitwise(f"tokens of stream {index} of two", due, torch.cat(pieces, dim=1))
 
 
 def single_texts() -> SearchStrategy[Case]:

@@ -30,7 +30,7 @@ from conformance.compare import (
     labelled,
 )
 from conformance.observe import observe, sites_of
-from conformance.recorder import Observation
+from conformance.recorder import Observation, Recorder
 from conformance.spec import EDITS, Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs, run_specs
 from conformance.subjects import Subject, at_work, bridged, reference
@@ -183,11 +183,25 @@ def checkpointing(adapter: Adapter, case: Case) -> Iterator[Gap]:
             yield Gap(name, "count", told)
 
 
+class _Casting(Recorder):
+    """Notes whether autocast is on in each site's hooks, and to which dtype."""
+
+    def begin(self, case: Case) -> None:
+        """Forget the last run."""
+        super().begin(case)
+        self.casts: dict[str, tuple[bool, torch.dtype]] = {}
+
+    def value(self, name: str, tensor: torch.Tensor) -> None:
+        """As a recorder does."""
+        self.casts[name] = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        super().value(name, tensor)
+
+
 @check(
     "modes.autocast",
     "Under torch.autocast, in a short dtype, every value, dtype and gradient is Hugging Face's, "
-    "bit for bit, of models of every dtype, hooked or not; edits behind flags have the effect of a "
-    "computation from scratch.",
+    "bit for bit, of models of every dtype, hooked or not, and hooks run under it too; edits "
+    "behind flags have the effect of a computation from scratch.",
     lambda: cases(
         models=model_specs(
             dtypes=st.sampled_from(("float32",) * 3 + ("bfloat16", "float16", "float64"))
@@ -207,8 +221,11 @@ def autocast(adapter: Adapter, case: Case) -> Iterator[Gap]:
     with torch.autocast("cpu", short):
         due, bare = observe(reference(case.model), case), observe(subject, case)
         expected = observe(reference(case.model), case, sites=every)
-        actual = observe(subject, case, sites=plain)
+        actual = observe(subject, case, sites=plain, recorder=(hooks := _Casting()))
         yield from behind_flags_too(adapter, subject, case, dtype=short)
+    for name, seen in hooks.casts.items():
+        if seen != (True, short):
+            yield Gap(name, "contract", f"its hooks run with autocast {seen}")
     yield from compare_values(expected, actual, every)
     if case.run.chunks == 1:
         yield from compare_gradients(expected, actual, plain)

@@ -27,7 +27,7 @@ from conformance.compare import (
     compare_parameters,
     compare_tensors,
 )
-from conformance.inputs import derived_positions, inputs
+from conformance.inputs import inputs
 from conformance.observe import observe, options, sites_of, started
 from conformance.recorder import Observation
 from conformance.spec import Case
@@ -86,16 +86,6 @@ def _part(case: Case) -> _Part:
     return _Part(start, stop, named)
 
 
-def _given(subject: Subject, case: Case) -> dict[str, Any]:
-    """Keyword arguments of a run from the residual stream, whose positions have to be given."""
-    data = inputs(case)
-    given = options(subject, case)
-    if data.attention_mask is not None and data.position_ids is None:
-        positions = derived_positions(data.attention_mask)
-        given |= {} if positions is None else {"position_ids": positions}
-    return given
-
-
 def _streams(truth: Subject, case: Case) -> list[torch.Tensor]:
     """Hugging Face's own residual stream before each block, then the logits, all in one graph."""
     given = options(truth, case)
@@ -131,7 +121,7 @@ def output_gaps(truth: Subject, subject: Subject, case: Case) -> Iterator[Gap]:
     """What a drawn part of a bridge makes of the truth's residual stream there, fed at once."""
     part, streams = _part(case), _streams(truth, case)
     entry = inputs(case).tokens if part.start is None else streams[part.start].detach()
-    given = {**_given(subject, case), **part.named}
+    given = {**options(subject, case), **part.named}
     with torch.no_grad(), at_work(f"a forward with {part.named}"), started(subject, case):
         output = bridge_of(subject)(entry, return_type="logits", **given)
     due = streams[-1 if part.stop is None else part.stop]
@@ -169,7 +159,7 @@ def layers(adapter: Adapter, case: Case) -> Iterator[Gap]:
         )
     settle(subject, case)
     before = attached(subject)
-    given: dict[str, Any] = {**_given(subject, case), **part.named}
+    given: dict[str, Any] = {**options(subject, case), **part.named}
     if case.run.token_seed // 5 % 2:
         output, seen = run_cached(subject, case, entry, **given)
     else:
@@ -183,6 +173,10 @@ def layers(adapter: Adapter, case: Case) -> Iterator[Gap]:
     yield from changes(before, attached(subject), f"after {part.named}")
     if part.start is not None:
         yield from bitwise("start, afterwards", streams[part.start].detach(), entry.detach())
+        if case.run.batch == 1:
+            with torch.no_grad(), at_work("a row without its batch"), started(subject, case):
+                alone = subject.bridge(entry.detach()[0], return_type="logits", **given)
+            yield from bitwise("output of a row without its batch", end.detach(), alone)
     gap = compare_tensors("output", end.detach(), output.detach(), exactly(end.dtype))
     yield from [gap] if gap else []
     if hasattr(subject.bridge, "input_to_embed"):  # of the younger releases

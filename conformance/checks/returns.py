@@ -10,13 +10,17 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch.nn.functional import cross_entropy
+from transformers import DynamicCache
 
+from conformance.checks.caches import Chunk, from_the_seed
 from conformance.checks.calls import differing_gradients, taken_gradients, told
+from conformance.checks.hooking import Log
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of, in_one_forward
+from conformance.checks.support import bridge_of, drawing, in_one_forward
 from conformance.compare import Gap, bitwise, within
 from conformance.inputs import Inputs, inputs
 from conformance.observe import observe
+from conformance.sites import observable
 from conformance.spec import Case
 from conformance.strategies import cases, run_specs
 from conformance.subjects import Subject, at_work, bridged, reference
@@ -73,10 +77,30 @@ def _mean(losses: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return losses.sum(dtype=wide) / (labels != IGNORED).sum()
 
 
+def _of_a_second_chunk(subject: Subject, case: Case, data: Inputs) -> Iterator[Gap]:
+    """The losses of a text's last tokens, over a cache of the first: of pairs of the last alone."""
+    length = case.run.seq_len
+    if data.attention_mask is None or length < 3:
+        return
+    cut, truth = 1 + drawing(case)(length - 2), reference(case.model)
+    first, second = Chunk(data, 0, cut), Chunk(data, cut, length)
+    filled = [DynamicCache(config=who.model.config) for who in (truth, subject)]
+    with from_the_seed(case, truth):
+        first.forward(truth, filled[0])
+        logits = second.forward(truth, filled[0]).logits
+    with from_the_seed(case, subject), at_work("the loss of a second chunk"):
+        first.forward(subject, filled[1])
+        asked = {"return_type": "loss", "loss_per_token": True}
+        losses = second.forward(subject, filled[1], **asked)
+    labels = _counted(data.tokens, data.attention_mask)[:, cut:]
+    yield from bitwise("losses of a second chunk", _losses(logits, labels), losses)
+
+
 @check(
     "returns.kinds",
     "return_type logits, loss, both, None and logits_and_cache, with and without loss_per_token "
-    "and labels, give the reference's logits and their cross entropy over the pairs that count.",
+    "and labels, give the reference's logits and their cross entropy over the pairs that count, "
+    "those of a second chunk over a cache too; every hook fires where nothing is returned.",
     predicting_cases,
     examples=0.2,
 )
@@ -86,14 +110,20 @@ def kinds(adapter: Adapter, case: Case) -> Iterator[Gap]:
     case = in_one_forward(case, training=training)
     data = inputs(case)
     expected = observe(reference(case.model), case, backward=False).logits
-    bridge = bridge_of(bridged(case.model, adapter, prepared=case.run.prepared)).train(training)
-    rest = told(case, data, derived=False)
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    bridge = bridge_of(subject).train(training)
+    rest, log = told(case, data, derived=False), Log()
     with at_work("return_type"), torch.no_grad():
-        nothing = bridge(data.tokens, return_type=None, **rest)
+        with bridge.hooks(fwd_hooks=[(lambda name: True, log.listener(""))]):
+            nothing = bridge(data.tokens, return_type=None, **rest)
         logits, _ = bridge(data.tokens, return_type="logits_and_cache", **rest)
     if nothing is not None:
         yield Gap("return_type=None", "contract", f"returned a {type(nothing).__name__}")
+    # An adapter may declare more than it must, and need not show what is known to be dead.
+    for name in sorted(observable(case.model).keys() - log.told[""]):
+        yield Gap(name, "missing", "never fired with return_type=None")
     yield from bitwise("logits of logits_and_cache", expected, logits)
+    yield from _of_a_second_chunk(subject, case, data)
     for given in (None, _labels(case, data)):
         name = "loss" if given is None else "loss of labels"
         labels = _counted(data.tokens if given is None else given, data.attention_mask)

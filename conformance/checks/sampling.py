@@ -19,13 +19,14 @@ from conformance.checks.caches import differing_caches, from_the_seed
 from conformance.checks.generation import (
     by_bridge,
     by_hugging_face,
+    differing_streams,
     differing_texts,
     generating,
     generating_cases,
     steps_of,
 )
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of
+from conformance.checks.support import bridge_of, drawing
 from conformance.compare import Gap, bitwise
 from conformance.inputs import inputs
 from conformance.spec import Case
@@ -68,17 +69,17 @@ def _asked(case: Case) -> dict[str, float]:
     picked: dict[str, float] = {"temperature": (0.5, 2.0)[seed // 8 % 2]}
     if dtype == "float32":
         picked = {"temperature": (0.5, 0.7, 1.0, 1.6)[seed // 8 % 4]}
-    kind = ("top_k", "top_p", "repetition_penalty", "freq_penalty")[seed % 4]
-    if case.run.padding != "none" and kind.endswith("penalty"):
-        kind = "top_k"  # penalties-count-padding in known_defects.toml
-    if kind == "top_k":
-        picked["top_k"] = 1 + seed // 4 % 3
-    elif kind == "top_p" and dtype in ("float32", "float64"):
-        picked["top_p"] = (0.3, 0.6, 0.9)[seed % 3]
-    elif kind == "repetition_penalty":
-        picked["repetition_penalty"] = 2.0
-    elif kind == "freq_penalty" and dtype == "float32":
-        picked["freq_penalty"] = 0.7
+    wide = dtype in ("float32", "float64")
+    unpadded = case.run.padding == "none"  # penalties-count-padding in known_defects.toml
+    options: dict[str, tuple[bool, tuple[float, ...]]] = {
+        "top_k": (True, (1, 2, 3)),
+        "top_p": (wide, (0.3, 0.6, 0.9)),
+        "repetition_penalty": (unpadded, (2.0,)),
+        "freq_penalty": (unpadded and dtype == "float32", (4.0, 0.7)),
+    }
+    kinds = [name for name, (is_exact, _) in options.items() if is_exact]
+    kind, draw = kinds[seed % len(kinds)], drawing(case)
+    picked[kind] = options[kind][1][draw(len(options[kind][1]))]
     return picked
 
 
@@ -97,7 +98,8 @@ def _processors(asked: Mapping[str, float]) -> list[LogitsProcessor]:
 @check(
     "sampling.draws",
     "generate with do_sample, temperature, top_k, top_p, repetition_penalty or freq_penalty draws "
-    "the tokens that Hugging Face's sampling draws from the same random state.",
+    "the tokens that Hugging Face's sampling draws from the same random state, and leaves the "
+    "state that it leaves; generate_stream draws the same.",
     generating_cases,
     examples=0.35,
 )
@@ -113,6 +115,10 @@ def draws(adapter: Adapter, case: Case) -> Iterator[Gap]:
     expected = by_hugging_face(case, data, **theirs, **neutral)
     actual = by_bridge(generating(case, adapter), case, data, do_sample=True, **asked)
     yield from differing_texts(expected, actual)
+    if drawing(case)(2):  # a penalty that Hugging Face's processors would round otherwise
+        asked["freq_penalty"] = 4.0
+        expected = by_bridge(generating(case, adapter), case, data, do_sample=True, **asked)
+    yield from differing_streams(expected, generating(case, adapter), case, do_sample=True, **asked)
 
 
 # Named by what is special of them.
@@ -144,7 +150,7 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     "sampling.hugging_face",
     "hf_generate of tokens is Hugging Face's own generate: greedy, sampling several texts "
     "and by beams, with the records, the ends of text and the cache that are asked for, and no "
-    "others; without a record it samples the same tokens.",
+    "others; without a record it samples the same tokens, and the next numbers drawn are the same.",
     generating_cases,
     examples=0.3,
 )
@@ -179,6 +185,7 @@ def hugging_face(adapter: Adapter, case: Case) -> Iterator[Gap]:
     model: Any = truth.model
     with from_the_seed(case, truth):
         expected = model.generate(data.tokens, **given, **told, **record, **free)
+        random_state = torch.get_rng_state()
     outputs = {}
     for which, subject in subjects.items():
         if which == "no record":
@@ -186,6 +193,8 @@ def hugging_face(adapter: Adapter, case: Case) -> Iterator[Gap]:
         with from_the_seed(case, subject), at_work(f"hf_generate, {name}, with {which}"):
             asked = {**told, "stop_at_eos": not endless, "use_past_kv_cache": case.run.use_cache}
             outputs[which] = bridge_of(subject).hf_generate(data.tokens, **given, **asked)
+            left = torch.get_rng_state()
+        yield from bitwise(f"{name}, {which}: random state", random_state, left)
     actual = outputs["a record"]
     if "no record" in outputs:
         yield from bitwise(f"{name}: no record", expected.sequences, outputs["no record"])

@@ -180,6 +180,13 @@ def stacked(adapter: Adapter, case: Case) -> Iterator[Gap]:
     if batch_slice is not None:
         with at_work(f"apply_slice_to_batch_dim({batch_slice})"):
             cache = cache.apply_slice_to_batch_dim(batch_slice)
+    elif not run.batchless:
+        with at_work("apply_slice_to_batch_dim(0)"):
+            run.cache.apply_slice_to_batch_dim(0)  # of which the cache itself knows nothing
+    for name, held in run.cache.cache_dict.items():
+        due = run.values.get(name)
+        if due is not None and not run.batchless and held.shape != due.shape:
+            yield Gap(name, "shape", f"{list(held.shape)}: a slice has cut the cache itself")
     for _ in range(5):
         (name, kind), site = list(_STACKED.items())[run.draw(len(_STACKED))]
         layer = 1 + run.draw(layers)
