@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from conformance.checks.compatibility import process, processed_runs
@@ -36,6 +37,20 @@ def shaped_processed_cases() -> SearchStrategy[Case]:
     # A query that sees no key has no pattern in compatibility mode, and a uniform one outside.
     runs = partial(processed_runs, paddings=("none", "none", "right"))
     return cases(models=model_specs().map(squared), runs=runs)
+
+
+def deep_processed_cases() -> SearchStrategy[Case]:
+    """As `shaped_processed_cases`, some with twelve blocks, where all writers are centered."""
+
+    def centering(case: Case) -> Case:
+        if case.model.num_hidden_layers < 12:
+            return case
+        asked = dict.fromkeys((*case.run.processing, "center_writing_weights"))
+        return replace(case, run=replace(case.run, processing=tuple(asked)))
+
+    layers = st.sampled_from((1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 12, 12))
+    runs = partial(processed_runs, paddings=("none", "none", "right"))
+    return cases(models=model_specs(layers=layers).map(squared), runs=runs).map(centering)
 
 
 def _whole(found: dict[str, torch.Tensor | None], case: Case) -> Found:
@@ -87,7 +102,7 @@ def _processed(whole: Found, case: Case) -> tuple[Found, Found]:
     "writers lose their mean along d_model, the unembedding along d_vocab, value biases go into "
     "b_O; folding a LayerNorm that has no weight takes at most the readers' mean along d_model; "
     "all else stays, bit for bit, and a second time changes nothing.",
-    shaped_processed_cases,
+    deep_processed_cases,
     examples=0.5,
 )
 def processed(adapter: Adapter, case: Case) -> Iterator[Gap]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from adapter import block, recompute
+from adapter.compatibility import OlmoTransformerBridge
 from conformance.mutants.catalogue import mutant
 
 
@@ -34,3 +35,32 @@ def reentrant(original: Any) -> Any:
         return original(bridge, layer)
 
     return same_hooks_again
+
+
+@mutant(
+    "processing.ten", "12 blocks", "processing.weights", OlmoTransformerBridge, "process_weights"
+)
+def ten(original: Any) -> Any:
+    """What the eleventh block and later ones write is not centered."""
+
+    def process_weights(self: Any, *args: Any, **kwargs: Any) -> None:
+        far = [each.mlp.out.original_component for each in self.blocks[10:]]
+        before = [linear.weight.detach().clone() for linear in far]
+        original(self, *args, **kwargs)
+        with torch.no_grad():
+            for each, weight in zip(self.blocks[10:], before, strict=True):
+                each.mlp.out.original_component.weight.copy_(weight)
+
+    return process_weights
+
+
+@mutant(
+    "weights.ten_biases",
+    "11 blocks, output biases",
+    "weights.accessors",
+    OlmoTransformerBridge,
+    "accumulated_bias",
+)
+def ten_biases(original: Any) -> Any:
+    """accumulated_bias leaves out the eleventh block and later ones."""
+    return lambda self, layer, *args, **named: original(self, min(layer, 10), *args, **named)
