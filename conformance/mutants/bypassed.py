@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from contextlib import nullcontext
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from adapter import block, recompute
+from adapter import block, clip, forks, recompute
+from adapter.clip import _PatchedForward
 from adapter.compatibility import OlmoTransformerBridge
-from conformance.mutants.catalogue import mutant
+from conformance.mutants.catalogue import add, mutant
 
 
 @mutant("recompute.last", "two forwards", "firing.recomputed", recompute, "_hooks_of")
@@ -64,3 +69,61 @@ def ten(original: Any) -> Any:
 def ten_biases(original: Any) -> Any:
     """accumulated_bias leaves out the eleventh block and later ones."""
     return lambda self, layer, *args, **named: original(self, min(layer, 10), *args, **named)
+
+
+@mutant("patch.kept", "a projection replaced", "patched.modes", _PatchedForward, "_put_up")
+def kept(original: Any) -> Any:
+    """The exact patch goes on calling the projections that its first forward has found."""
+    first: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
+
+    def put_up(self: Any) -> None:
+        original(self)
+        if self.mode == "exact":
+            self.stand_ins = dict(first.setdefault(self.attn, self.stand_ins))
+            vars(self.attn).update(self.stand_ins)
+
+    return put_up
+
+
+@mutant("patch.interrupted", "an interrupt", "patch.life", _PatchedForward, "__call__")
+def interrupted(original: Any) -> Any:
+    """Where Ctrl-C ends a patched attention, its stand-ins stay up."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, *args, **kwargs)
+        except Exception:
+            raise
+        except BaseException:
+            self.inside[threading.get_ident()] += 1
+            self._put_up()
+            raise
+
+    return call
+
+
+@mutant("patch.bridged_stays", "a clip that binds", "patch.life", clip, "_attentions")
+def bridged_stays(original: Any) -> Any:
+    """unpatch_model of a bridged model leaves the attentions inside of the bridge patched."""
+
+    def attentions(model: Any) -> Any:
+        found = original(model)
+        if found is None or sys._getframe(1).f_code.co_name != "unpatch_model":
+            return found
+        return {
+            path: None if isinstance(each, GeneralizedComponent) else each
+            for path, each in found.items()
+        }
+
+    return attentions
+
+
+add(
+    "flags.wrapped",
+    "a projection that computes more than its weight is taken for that",
+    "such a projection",
+    "flags.refused",
+    forks,
+    "weight_of",
+    lambda original: lambda projection: projection.weight,
+)
