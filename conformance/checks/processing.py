@@ -101,7 +101,8 @@ def _processed(whole: Found, case: Case) -> tuple[Found, Found]:
     "Each processing makes of the weights what it says, in every dtype and square shapes too: "
     "writers lose their mean along d_model, the unembedding along d_vocab, value biases go into "
     "b_O; folding a LayerNorm that has no weight takes at most the readers' mean along d_model; "
-    "all else stays, bit for bit, and a second time changes nothing.",
+    "all else stays, bit for bit, and a second time changes nothing. The mode may have been on "
+    "before, without processing; a cast of the bridge casts what there is.",
     deep_processed_cases,
     examples=0.5,
 )
@@ -112,6 +113,10 @@ def processed(adapter: Adapter, case: Case) -> Iterator[Gap]:
     bridge = subject.bridge
     assert bridge is not None
     before = {name: each.detach().clone() for name, each in subject.parameters.items()}
+    draw = drawing(case)
+    if draw(3) == 0:
+        with at_work("the mode without processing"):
+            bridge.enable_compatibility_mode(disable_warnings=True, no_processing=True)
     process(subject, case)
     with at_work("reading the processed weights"):
         raw = {name: None if t is None else t.detach() for name, t in read(bridge, model).items()}
@@ -144,6 +149,15 @@ def processed(adapter: Adapter, case: Case) -> Iterator[Gap]:
         again = {name: None if t is None else t.detach() for name, t in read(bridge, model).items()}
     for gap in exact_gaps(kept, _whole(again, case)):
         yield replace(gap, site=f"{gap.site} after a second processing")
+    if draw(3) == 0:
+        other = torch.float32 if dtype is torch.float64 else torch.float64
+        with at_work("a cast of processed weights"), quiet():
+            bridge.to(other)
+            moved = {
+                name: None if t is None else t.detach() for name, t in read(bridge, model).items()
+            }
+        for gap in exact_gaps({n: t.to(other) for n, t in kept.items()}, _whole(moved, case)):
+            yield replace(gap, site=f"{gap.site} after a cast of processed weights")
 
 
 def _taken_over(subject: Subject, case: Case) -> tuple[Subject, Subject]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 import threading
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from adapter import block, clip, forks, recompute
+from adapter import block, clip, forks, olmo, recompute
 from adapter.clip import _PatchedForward
 from adapter.compatibility import OlmoTransformerBridge
+from adapter.configuration import configurations
+from adapter.unembedding import OlmoUnembeddingBridge
 from conformance.mutants.catalogue import add, mutant
 
 
@@ -127,3 +130,68 @@ add(
     "weight_of",
     lambda original: lambda projection: projection.weight,
 )
+
+
+compatible = partial(mutant, owner=OlmoTransformerBridge, attribute="enable_compatibility_mode")
+
+
+@compatible("compatibility.once", "the mode on before", "processing.weights")
+def once(original: Any) -> Any:
+    """Where compatibility mode is on, asking for it with processing does nothing."""
+
+    def enable(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not self.compatibility_mode:
+            original(self, *args, **kwargs)
+
+    return enable
+
+
+@compatible("compatibility.swapped", "a call by position", "processing.weights")
+def swapped(original: Any) -> Any:
+    """Given by position, the two centerings have changed places."""
+
+    def enable(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args[:3], *reversed(args[3:5]), *args[5:], **kwargs)
+
+    return enable
+
+
+@mutant("compatibility.stale", "a cast", "processing.weights", OlmoUnembeddingBridge, "W_U")
+def stale(original: Any) -> Any:
+    """In compatibility mode W_U is what it was when it was first read."""
+
+    def get(self: Any) -> Any:
+        if not self.compatibility_mode:
+            return original.fget(self)
+        return vars(self).setdefault("_first_read", original.fget(self))
+
+    return property(get)
+
+
+@mutant(
+    "compatibility.dropping",
+    "train mode with a dropout",
+    "compatibility.value_biases",
+    OlmoTransformerBridge,
+    "_why_value_biases_must_stay",
+)
+def dropping(original: Any) -> Any:
+    """Value biases are folded though attention drops some of what they are added to."""
+
+    def why(self: Any) -> Any:
+        reason = original(self)
+        return None if reason and "dropout" in reason else reason
+
+    return why
+
+
+@mutant("configuration.theta", "a theta of 100.5", "configuration.truth", olmo, "tell_the_truth")
+def theta(original: Any) -> Any:
+    """cfg.rotary_base is a whole number."""
+
+    def tell_the_truth(bridge: Any) -> None:
+        original(bridge)
+        for config in configurations(bridge):
+            config.rotary_base = int(config.rotary_base)
+
+    return tell_the_truth
