@@ -5,24 +5,41 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
+import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
+from torch import nn
 
 from conformance.checks.compatibility import log_probabilities_of, probability_gaps, process
 from conformance.checks.flags import RETURNED, gate_edits
 from conformance.checks.forked import edit_behind_flags, edited_gaps, without_edits
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of, copied, turn
+from conformance.checks.support import (
+    bridge_of,
+    copied,
+    drawing,
+    in_one_forward,
+    turn,
+)
 from conformance.compare import Gap
 from conformance.forks import Forks
 from conformance.observe import observe, sites_of
 from conformance.points import hook_points
 from conformance.sites import behind_flags
-from conformance.spec import EXCLUSIVE, FLAGS, Case, ModelSpec, RunSpec
+from conformance.spec import EXCLUSIVE, FLAGS, Case, Edit, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs
-from conformance.subjects import Subject, bridged, reference
+from conformance.subjects import Subject, SubjectError, bridged, reference
+
+# Flags that need the weight of a projection, with its name and that of the hook behind the flag.
+_READERS = (
+    ("use_attn_result", "o", "hook_result"),
+    ("use_split_qkv_input", "q", "hook_q_input"),
+    ("use_split_qkv_input", "v", "hook_v_input"),
+    ("use_attn_in", "v", "hook_attn_in"),
+)
 
 
 def _flags_of(subject: Subject) -> dict[str, bool]:
@@ -30,15 +47,66 @@ def _flags_of(subject: Subject) -> dict[str, bool]:
     return {flag: bool(getattr(bridge.cfg, flag)) for flag in FLAGS}
 
 
+class _Doubled(nn.Module):
+    """A projection that is twice another, whose weight it shows, as LoRA's layers show theirs."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Of what is doubled."""
+        return self.base_layer.weight  # type: ignore[no-any-return]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """Of what is doubled."""
+        return self.base_layer.bias  # type: ignore[no-any-return]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Twice the output."""
+        return 2 * self.base_layer(x)  # type: ignore[no-any-return]
+
+
+def _wrapped_gaps(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """One doubled projection, beside a bridge whose weight is doubled: no edit tells them apart."""
+    draw = drawing(case)
+    flag, letter, gate = _READERS[draw(len(_READERS))]
+    block = draw(case.model.num_hidden_layers)
+    path = f"blocks.{block}.attn.{letter}"
+    edit = Edit(site=f"blocks.{block}.attn.{gate}", kind="noise", seed=draw(2**16))
+    case = in_one_forward(case, edits=(edit,))
+    doubled, wrapped = (bridged(case.model, adapter, prepared=case.run.prepared) for _ in range(2))
+    with torch.no_grad():
+        for tensor in bridge_of(doubled).get_submodule(path).original_component.parameters():
+            tensor.mul_(2)
+    component: Any = bridge_of(wrapped).get_submodule(path)
+    component.set_original_component(_Doubled(component.original_component))
+    bare = without_edits(case)
+    for subject in (doubled, wrapped):
+        turn(subject, (flag,), True)
+        edit_behind_flags(subject, case)
+    due = observe(doubled, bare, sites={}, backward=False)
+    try:
+        got = observe(wrapped, bare, sites={}, backward=False)
+    except SubjectError:
+        return  # refused
+    yield from logits_gap(due, got, f"logits, {path} wrapped, under {flag}")
+
+
 @check(
     "flags.refused",
     "Asking for use_attn_in and use_split_qkv_input together is refused with an error that names "
-    "both, and leaves the flags, hooks and logits as they were.",
+    "both, and leaves the flags, hooks and logits as they were. An edit behind a flag that needs "
+    "the weight of a projection that computes more than that, is refused or takes account of it.",
     cases,
     examples=0.15,
 )
 def refused(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """In either order, by set_use_* and on cfg; and legal once the first is off."""
+    yield from _wrapped_gaps(adapter, case)
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
     by_cfg = bool(case.run.token_seed % 2)
     first, second = sorted(EXCLUSIVE, reverse=bool(case.run.token_seed // 2 % 2))

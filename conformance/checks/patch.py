@@ -11,8 +11,8 @@ import torch
 
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import needs_patch
-from conformance.compare import Gap
+from conformance.checks.support import bridge_of, drawing, needs_patch
+from conformance.compare import Gap, bitwise
 from conformance.observe import observe
 from conformance.spec import Case
 from conformance.strategies import clipped_cases
@@ -29,6 +29,10 @@ from conformance.subjects import (
 
 class TroubleError(Exception):
     """What a hook of a user raises in the middle of an attention."""
+
+
+class TroubleInterrupt(KeyboardInterrupt):
+    """What Ctrl-C raises there, which is no `Exception`."""
 
 
 def _plain(case: Case) -> Case:
@@ -64,10 +68,27 @@ def left_over(subject: Subject, case: Case) -> Iterator[Gap]:
             yield Gap(f"layers.{index}.self_attn.config", "contract", "is not the shared one")
 
 
+def _inner_gaps(subject: Subject, case: Case) -> Iterator[Gap]:
+    """What Hugging Face's attentions inside of a bridge compute on their own."""
+    truth, bridge = reference(case.model).model, bridge_of(subject)
+    draw = torch.Generator().manual_seed(case.run.token_seed)
+    x = torch.randn(1, 3, case.model.hidden_size, generator=draw, dtype=torch.float64)
+    x = x.to(truth.dtype)
+    rotation = truth.model.rotary_emb(x, torch.arange(3)[None])
+    for index, layer in enumerate(truth.model.layers):
+        inner = bridge.blocks[index].attn.original_component
+        with torch.no_grad():
+            due, _ = layer.self_attn(x, rotation, None)
+            with at_work("an attention inside of a bridge"):
+                got, _ = inner(x, rotation, None)
+        yield from bitwise(f"blocks.{index}.attn's own attention, unpatched", due, got)
+
+
 @check(
     "patch.life",
     "The patch hides the clip inside an attention's forward only, is the same twice as once, and "
-    "leaves nothing over, also where a hook raises; unpatch_model undoes it.",
+    "leaves nothing over, also where a hook raises or is interrupted; unpatch_model undoes it, "
+    "inside of a bridge too.",
     clipped_cases,
     examples=0.2,
 )
@@ -84,13 +105,15 @@ def life(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield Gap("config.clip_qkv", "contract", f"inside of an attention not: {told}")
     yield from left_over(subject, case)
 
+    trouble_is = (TroubleError, TroubleInterrupt)[drawing(case)(2)]
+
     def trouble(*_: object) -> None:
-        raise TroubleError
+        raise trouble_is
 
     handle = subject.model.model.layers[-1].self_attn.o_proj.register_forward_pre_hook(trouble)
     try:
         subject.model(torch.zeros((1, 1), dtype=torch.long))
-    except TroubleError:
+    except trouble_is:
         pass
     finally:
         handle.remove()
@@ -104,6 +127,10 @@ def life(adapter: Adapter, case: Case) -> Iterator[Gap]:
         expected = observe(reference(case.model), case, backward=False)
         actual = observe(subject, case, backward=False)
         yield from logits_gap(expected, actual, "logits after unpatch_model")
+        subject = bridged(case.model, adapter, prepared=True)
+        with at_work("unpatch_model of a bridged model"):
+            undo(subject.model)
+        yield from _inner_gaps(subject, case)
 
 
 @check(

@@ -33,7 +33,7 @@ from conformance.strategies import cases, clip_present, model_specs, run_specs
 from conformance.subjects import Subject, at_work, bridged, patched, reference, unpatcher
 from conformance.verdict import NotApplicable
 
-MODES = ("autocast", "checkpointing", "frozen", "deepcopy", "saved")
+MODES = ("autocast", "checkpointing", "frozen", "deepcopy", "saved", "replaced")
 
 
 def clipped_dropping_cases() -> SearchStrategy[Case]:
@@ -84,12 +84,27 @@ def _copied(subject: Subject, adapter: Adapter, case: Case, mode: str) -> Subjec
     return replace(subject, model=model, parameters=dict(model.named_parameters()))
 
 
+def _replaced(subject: Subject, case: Case) -> Subject:
+    """The subject after a forward, one projection of its last attention another module since."""
+    observe(subject, case)
+    attention: Any = subject.model.model.layers[-1].self_attn
+    name = f"{'qkvo'[drawing(case)(4)]}_proj"
+    old = getattr(attention, name)
+    new = nn.Linear(old.in_features, old.out_features, bias=False, dtype=old.weight.dtype)
+    with torch.no_grad():
+        new.weight.copy_(old.weight.flip(0))
+    setattr(attention, name, new)
+    return replace(subject, parameters=dict(subject.model.named_parameters()))
+
+
 def _in_mode(mode: str, subject: Subject, case: Case, adapter: Adapter) -> Subject:
     """The subject as it is to run in a mode."""
     if mode == "checkpointing":
         checkpoint(subject, case)
     elif mode == "frozen":
         return freeze(subject, case)
+    elif mode == "replaced":
+        return _replaced(subject, case)
     elif mode in ("deepcopy", "saved") and subject.under_test:
         observe(subject, case)
         return _copied(subject, adapter, case, mode)
@@ -98,14 +113,14 @@ def _in_mode(mode: str, subject: Subject, case: Case, adapter: Adapter) -> Subje
 
 @check(
     "patched.modes",
-    "Under autocast, gradient checkpointing, with frozen parts, as a deep copy and once saved and "
-    "loaded a patched model has the reference's values and gradients everywhere, with its clamp or "
-    "without.",
+    "Under autocast, gradient checkpointing, with frozen parts, as a deep copy, once saved and "
+    "loaded, and once a projection is replaced by another module, a patched model has the "
+    "reference's values and gradients everywhere, with its clamp or without.",
     clipped_dropping_cases,
     examples=0.2,
 )
 def modes(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Two or three of them a case, in both modes of the patch."""
+    """Three of them a case, in both modes of the patch."""
     for mode in MODES[case.run.token_seed % 2 :: 2]:
         run = replace(case.run, chunks=1)
         if mode == "checkpointing":

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from conformance.checks.compatibility import process, processed_runs
@@ -36,6 +37,20 @@ def shaped_processed_cases() -> SearchStrategy[Case]:
     # A query that sees no key has no pattern in compatibility mode, and a uniform one outside.
     runs = partial(processed_runs, paddings=("none", "none", "right"))
     return cases(models=model_specs().map(squared), runs=runs)
+
+
+def deep_processed_cases() -> SearchStrategy[Case]:
+    """As `shaped_processed_cases`, some with twelve blocks, where all writers are centered."""
+
+    def centering(case: Case) -> Case:
+        if case.model.num_hidden_layers < 12:
+            return case
+        asked = dict.fromkeys((*case.run.processing, "center_writing_weights"))
+        return replace(case, run=replace(case.run, processing=tuple(asked)))
+
+    layers = st.sampled_from((1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 12, 12))
+    runs = partial(processed_runs, paddings=("none", "none", "right"))
+    return cases(models=model_specs(layers=layers).map(squared), runs=runs).map(centering)
 
 
 def _whole(found: dict[str, torch.Tensor | None], case: Case) -> Found:
@@ -86,8 +101,9 @@ def _processed(whole: Found, case: Case) -> tuple[Found, Found]:
     "Each processing makes of the weights what it says, in every dtype and square shapes too: "
     "writers lose their mean along d_model, the unembedding along d_vocab, value biases go into "
     "b_O; folding a LayerNorm that has no weight takes at most the readers' mean along d_model; "
-    "all else stays, bit for bit, and a second time changes nothing.",
-    shaped_processed_cases,
+    "all else stays, bit for bit, and a second time changes nothing. The mode may have been on "
+    "before, without processing; a cast of the bridge casts what there is.",
+    deep_processed_cases,
     examples=0.5,
 )
 def processed(adapter: Adapter, case: Case) -> Iterator[Gap]:
@@ -97,6 +113,10 @@ def processed(adapter: Adapter, case: Case) -> Iterator[Gap]:
     bridge = subject.bridge
     assert bridge is not None
     before = {name: each.detach().clone() for name, each in subject.parameters.items()}
+    draw = drawing(case)
+    if draw(3) == 0:
+        with at_work("the mode without processing"):
+            bridge.enable_compatibility_mode(disable_warnings=True, no_processing=True)
     process(subject, case)
     with at_work("reading the processed weights"):
         raw = {name: None if t is None else t.detach() for name, t in read(bridge, model).items()}
@@ -129,6 +149,15 @@ def processed(adapter: Adapter, case: Case) -> Iterator[Gap]:
         again = {name: None if t is None else t.detach() for name, t in read(bridge, model).items()}
     for gap in exact_gaps(kept, _whole(again, case)):
         yield replace(gap, site=f"{gap.site} after a second processing")
+    if draw(3) == 0:
+        other = torch.float32 if dtype is torch.float64 else torch.float64
+        with at_work("a cast of processed weights"), quiet():
+            bridge.to(other)
+            moved = {
+                name: None if t is None else t.detach() for name, t in read(bridge, model).items()
+            }
+        for gap in exact_gaps({n: t.to(other) for n, t in kept.items()}, _whole(moved, case)):
+            yield replace(gap, site=f"{gap.site} after a cast of processed weights")
 
 
 def _taken_over(subject: Subject, case: Case) -> tuple[Subject, Subject]:

@@ -16,6 +16,7 @@ from conformance.checks.forked import behind_flags_too
 from conformance.checks.hooking import Log, Pairs, run_hooked, value_gaps
 from conformance.checks.interventions import edited_runs
 from conformance.checks.registry import Adapter, check
+from conformance.checks.support import bridge_of, drawing
 from conformance.compare import (
     Gap,
     compare_firing,
@@ -25,13 +26,17 @@ from conformance.compare import (
     labelled,
 )
 from conformance.edits import edited
-from conformance.observe import observe, sites_of
+from conformance.inputs import inputs
+from conformance.observe import observe, options, sites_of, started
 from conformance.recorder import Observation, Recorder
 from conformance.sites import Site, fired_rows
 from conformance.spec import Case, Edit
 from conformance.strategies import cases
 from conformance.subjects import Subject, at_work, bridged, reference
 from conformance.tolerance import exactly
+
+# Sites inside of a checkpoint, whose edits every input feels, and what is computed again saves.
+_FELT = ("ln1.hook_out", "attn.v.hook_out", "attn.hook_out", "mlp.gate.hook_out")
 
 
 class _Replayed(Recorder):
@@ -95,7 +100,8 @@ def _replay(
     "Under gradient checkpointing (reentrant off), forward hooks inside a block fire once more "
     "when the backward recomputes it, as far as it does, and the others once, both times with the "
     "reference's tensor; backward hooks fire once, in reverse order, with its gradient; an edit "
-    "acts in the recomputation too, also where its hook is gone by then, or behind a flag.",
+    "acts in the recomputation too, reentrant or not, also where its hook is gone by then, or "
+    "behind a flag, or where one backward is of several forwards, each with hooks of its own.",
     trained_cases,
     examples=0.4,
 )
@@ -105,13 +111,17 @@ def recomputed(adapter: Adapter, case: Case) -> Iterator[Gap]:
     every = sites_of(subject, case)
     plain = {name: site for name, site in every.items() if not site.derived}
     expected = observe(reference(case.model), case, sites=every)
-    whole = bool(case.run.token_seed % 2)
+    whole, passing = bool(case.run.token_seed % 2), bool(case.run.token_seed // 2 % 2)
+    # The reentrant kind gives no gradient at all to a block whose input an edit has cut off.
+    uncut = all(edit.kind != "replace" for edit in case.run.edits)
+    reentrant = passing and uncut and bool(case.run.token_seed // 4 % 2)
     with at_work("enabling checkpoints"):
         enable = subject.model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+        enable({"use_reentrant": reentrant})  # type: ignore[no-untyped-call]
     with set_checkpoint_early_stop(not whole):
         yield from behind_flags_too(adapter, subject, case)
-        if case.run.token_seed // 2 % 2:
+        if passing:
+            yield from labelled("two forwards, one backward", _both(subject, case, plain))
             yield from labelled("hooks gone by then", _passing(subject, case, expected, plain))
         else:
             yield from _watched(subject, case, expected, plain, every, whole=whole)
@@ -140,14 +150,46 @@ def _watched(
     yield from compare_parameters(expected, actual)
 
 
+def _both(subject: Subject, case: Case, plain: dict[str, Site]) -> Iterator[Gap]:
+    """Forwards with another edit and with none, in either order, then one backward of both."""
+    if case.model.tie_word_embeddings:
+        return  # of a tied weight four gradients are added, in no order that anything promises
+    draw, data, bridge = drawing(case), inputs(case), bridge_of(subject)
+    site = f"blocks.{draw(case.model.num_hidden_layers)}.{_FELT[draw(len(_FELT))]}"
+    edit = Edit(site=site, kind=("scale", "noise")[draw(2)], seed=draw(2**16))
+    runs = [replace(case, run=replace(case.run, edits=edits)) for edits in ((edit,), ())]
+    runs = runs[:: 1 if draw(2) else -1]
+    with at_work("two forwards and a backward of both"):
+        outputs = []
+        for its in runs:
+            given = {"return_type": "logits", **options(subject, case)}
+            with started(subject, case):
+                outputs.append(bridge.run_with_hooks(data.tokens, fwd_hooks=_edits(its), **given))
+        torch.autograd.backward(outputs, [data.probe.to(outputs[0].dtype)] * 2)
+    got = {name: parameter.grad for name, parameter in subject.parameters.items()}
+    bridge.zero_grad()
+    one, other = (observe(reference(case.model), its, sites=plain) for its in runs)
+    added = {
+        name: gradient + other.parameter_gradients[name]  # type: ignore[operator]
+        for name, gradient in one.parameter_gradients.items()
+    }
+    due, actual = (replace(one, parameter_gradients=each) for each in (added, got))
+    yield from compare_parameters(due, actual)
+
+
+def _edits(case: Case) -> Pairs:
+    return [(edit.site, partial(_perform, edit)) for edit in case.run.edits]
+
+
 def _passing(
     subject: Subject, case: Case, expected: Observation, plain: dict[str, Site]
 ) -> Iterator[Gap]:
     """The edit and the backward hooks, in a run_with_hooks that is over when the backward comes."""
     log = Log()
-    edits: Pairs = [(edit.site, partial(_perform, edit)) for edit in case.run.edits]
     listeners: Pairs = [(name, log.listener(name)) for name in plain]
-    logits = run_hooked(subject, case, {"run_with_hooks": edits}, {"run_with_hooks": listeners})
+    logits = run_hooked(
+        subject, case, {"run_with_hooks": _edits(case)}, {"run_with_hooks": listeners}
+    )
     gap = compare_tensors("logits", expected.logits, logits, exactly(logits.dtype))
     yield from [gap] if gap else []
     seen = {name: tensors[0] for name, tensors in log.tensors.items() if tensors}

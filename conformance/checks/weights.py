@@ -44,9 +44,17 @@ def shaped_cases() -> SearchStrategy[Case]:
 
 
 def deep_cases() -> SearchStrategy[Case]:
-    """As `shaped_cases`, some with eleven blocks: the last one has a number of two digits."""
-    layers = st.sampled_from((1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 11))
-    return cases(models=model_specs(layers=layers).map(squared))
+    """As `shaped_cases`, some with eleven blocks: the last one has a number of two digits.
+
+    Of these each has a bias of the output, so that the sum of all has a summand of each.
+    """
+
+    def biased(model: ModelSpec) -> ModelSpec:
+        deep = model.num_hidden_layers == 11 and "o" not in model.biases
+        return replace(model, biases=(*model.biases, "o")) if deep else model
+
+    layers = st.sampled_from((1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 11, 11))
+    return cases(models=model_specs(layers=layers).map(squared).map(biased))
 
 
 def read(bridge: TransformerBridge, model: ModelSpec) -> dict[str, Any]:
@@ -158,6 +166,7 @@ def read_right(adapter: Adapter, case: Case) -> Iterator[Gap]:
         }
         biases = {
             f"accumulated_bias({block})": (block, bridge.accumulated_bias(block)),
+            f"accumulated_bias({block + 1})": (block + 1, bridge.accumulated_bias(block + 1)),
             f"accumulated_bias({block}, mlp_input=True)": (
                 block + 1,
                 bridge.accumulated_bias(block, mlp_input=True),
