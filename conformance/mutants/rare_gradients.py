@@ -31,3 +31,23 @@ add(
     "__call__",
     lambda original: lambda self, tensor, hook: self._hook(tensor, hook=hook),
 )
+
+
+@mutant(
+    "derivatives.edit_detached",
+    "a returned gradient",
+    "derivatives.second",
+    OlmoHookPoint,
+    "register_full_backward_hook",
+)
+def edit_detached(original: Any) -> Any:
+    """What a backward hook is given, and so what it returns, has no derivative."""
+
+    def register(self: Any, hook: Any, prepend: bool = False) -> Any:
+        def detached(module: Any, into: Any, out: Any) -> Any:
+            own = tuple(None if each is None else each.detach().clone() for each in out)
+            return hook(module, own, own)
+
+        return original(self, detached, prepend)
+
+    return register
