@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from adapter import hooks
+from adapter.attention import OlmoAttentionBridge
+from adapter.compatibility import OlmoTransformerBridge
 from adapter.hooks import OlmoHookPoint
 from conformance.mutants.catalogue import add, mutant
 
@@ -51,3 +53,63 @@ def edit_detached(original: Any) -> Any:
         return original(self, detached, prepend)
 
     return register
+
+
+def _keeping(what: str) -> Any:
+    """run_with_hooks, a forward or what it raises is remembered by the bridge."""
+
+    def make(original: Any) -> Any:
+        def method(self: Any, *args: Any, **named: Any) -> Any:
+            try:
+                result = original(self, *args, **named)
+            except Exception as error:
+                if what == "error":
+                    self.__dict__["last_error"] = error
+                raise
+            if what == "hooks":
+                self.__dict__["last_hooks"] = named.get("fwd_hooks")
+            if what == "stopped" and named.get("stop_at_layer") is not None:
+                self.__dict__["last_residual"] = result
+            return result
+
+        return method
+
+    return make
+
+
+for what, breaks, method in (
+    ("hooks", "run_with_hooks remembers its last hooks and what they hold", "run_with_hooks"),
+    ("stopped", "the residual of the last run with stop_at_layer stays alive", "forward"),
+    ("error", "the last error of a forward, and its tensors with it, stays alive", "forward"),
+):
+    killer, owner = "surface.nothing_kept", OlmoTransformerBridge
+    add(f"outlived.{what}", breaks, f"a run with {what}", killer, owner, method, _keeping(what))
+
+
+@mutant("outlived.forked", "a flag", "surface.nothing_kept", OlmoAttentionBridge, "_changes")
+def forked(original: Any) -> Any:
+    """Under use_split_qkv_input or use_attn_in each attention keeps the last residual stream."""
+
+    def changes(self: Any, residual: Any, norm: Any) -> Any:
+        self.__dict__["last_forked"] = residual
+        return original(self, residual, norm)
+
+    return changes
+
+
+@mutant(
+    "caching.zero_grad",
+    "a gradient that is there",
+    "caching.incl_bwd",
+    OlmoTransformerBridge,
+    "run_with_cache",
+)
+def zero_grad(original: Any) -> Any:
+    """run_with_cache(incl_bwd=True) begins with zero_grad."""
+
+    def run(self: Any, *args: Any, **named: Any) -> Any:
+        if named.get("incl_bwd"):
+            self.zero_grad()
+        return original(self, *args, **named)
+
+    return run
