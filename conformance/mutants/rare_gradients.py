@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from adapter import hooks
+import torch
+
+from adapter import forks, hooks
 from adapter.attention import OlmoAttentionBridge
 from adapter.compatibility import OlmoTransformerBridge
 from adapter.hooks import OlmoHookPoint
@@ -113,3 +115,17 @@ def zero_grad(original: Any) -> Any:
         return original(self, *args, **named)
 
     return run
+
+
+@mutant("flags.weight_kept", "a forward under no_grad", "flags.edits", forks, "weight_of")
+def weight_kept(original: Any) -> Any:
+    """The weights by head of a forward without a gradient serve one with it."""
+
+    def weight_of(projection: Any) -> torch.Tensor:
+        weight: torch.Tensor = original(projection)
+        if not torch.is_grad_enabled():
+            projection.__dict__["kept_weight"] = weight.detach()
+        kept = projection.__dict__.get("kept_weight")
+        return weight if kept is None or kept.data_ptr() != weight.data_ptr() else kept
+
+    return weight_of
