@@ -17,6 +17,25 @@ _BARE = (type(None), bool, int, float, str)
 _HOLDERS = (dict, list, set, OrderedDict)
 
 
+class _OnRoute:
+    """A forward hook whose tensor flows on even if it returns None.
+
+    At a point with a conversion a hook sees a view of its own. Unless the view is handed back, the
+    computation goes past it, and neither ``retain_grad()`` nor ``autograd.grad`` finds a gradient.
+    """
+
+    def __init__(self, point: HookPoint, hook: Callable[..., Any]) -> None:
+        self._point, self._hook = point, hook
+
+    def __repr__(self) -> str:
+        return repr(self._hook)  # TransformerLens names PyTorch's hook after it
+
+    def __call__(self, tensor: torch.Tensor, hook: Any) -> Any:
+        returned = self._hook(tensor, hook=hook)
+        viewed = returned is None and self._point.hook_conversion is not None
+        return tensor if viewed and tensor.requires_grad else returned
+
+
 class OlmoHookPoint(HookPoint):
     """A hook point that is a place of its own in the computation, forwards and backwards.
 
@@ -34,6 +53,16 @@ class OlmoHookPoint(HookPoint):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Pass ``x`` on, or a copy of it for the hooks."""
         return x.clone() if is_hooked(self) else x
+
+    def add_hook(
+        self, hook: Callable[..., Any], dir: str = "fwd", *args: Any, **kwargs: Any
+    ) -> Any:
+        """Add a hook as TransformerLens does; what a forward hook sees is on the gradient's way."""
+        given = _OnRoute(self, hook) if dir == "fwd" else hook
+        handle: Any = super().add_hook(given, dir, *args, **kwargs)  # type: ignore[arg-type]
+        if hasattr(handle, "user_hook"):
+            handle.user_hook = hook
+        return handle
 
     def __dir__(self) -> list[str]:
         """Name what is public and a hook point's own, and not all that any module has.

@@ -200,12 +200,13 @@ def watched(
         be the subject's: it is not looked at again.
     """
     recorder = recorder or Recorder()
-    recorder.hooking = bool(getattr(subject.model.model, "gradient_checkpointing", False))
+    recorder.hooking |= bool(getattr(subject.model.model, "gradient_checkpointing", False))
     around: Any = nullcontext()
     taps: Taps | None = None
     if sites is not None and subject.bridge is not None:
         at = sites if gradients_at is None else gradients_at
-        backwards = frozenset(at) if backward and not returned else frozenset()
+        asked = returned or recorder.asking
+        backwards = frozenset(at) if backward and not asked else frozenset()
         around = hooked(subject, recorder, sites, backwards, returned)
     elif sites is not None:
         taps = Taps(

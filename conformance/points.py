@@ -28,6 +28,8 @@ def _value_hook(
         if returned and tensor.requires_grad and recorder.backward:
             new = tensor[...] if new is None else new
             recorder.differentiable[name] = new, unturned
+        elif recorder.asking:
+            recorder.differentiate(name, tensor if new is None else new, unturned)
         recorder.value(name, recorder.kept(tensor if new is None else new))
         return new
 

@@ -45,6 +45,8 @@ class Recorder:
     Attributes:
         hooking: Get gradients by hooks on a Hugging Face model's tensors and a plain backward:
             checkpointing refuses to be asked for those of tensors.
+        asking: Get a bridge's gradients by asking for those of the tensors that its forward hooks
+            are given, or by hooks on them if ``hooking``, and not by backward hooks.
         edits_gradients: Whether `gradient` may return another one.
         copying: Copy the values that a bridge shows, and detach all. If not, see `overwritten`, and
             values are part of a graph that has been walked through: it saves a call for each.
@@ -53,6 +55,7 @@ class Recorder:
     """
 
     hooking = False
+    asking = False
     edits_gradients = False
     copying = True
     overwrites: Mapping[str, bool] = {}
@@ -117,9 +120,10 @@ class Recorder:
             plain = turn is unturned and not self.copying
             value = source if plain else turn(source.detach())
         self.value(name, value)
-        self._differentiate(name, source, turn)
+        self.differentiate(name, source, turn)
 
-    def _differentiate(self, name: str, source: torch.Tensor, turn: Turn) -> None:
+    def differentiate(self, name: str, source: torch.Tensor, turn: Turn) -> None:
+        """Get a site's gradient from a tensor of the graph. See `see`."""
         if not (source.requires_grad and self.backward):
             return
         if self.hooking or self.edits_gradients:
@@ -133,5 +137,5 @@ class Recorder:
         """Edit and keep a tensor of a tapped Hugging Face model (see `conformance.taps`)."""
         tensor = self.edit(name, tensor)
         self.value(name, tensor.detach())
-        self._differentiate(name, tensor, unturned)
+        self.differentiate(name, tensor, unturned)
         return tensor

@@ -199,3 +199,22 @@ def test_every_hook_point_is_one_of_ours_also_before_there_is_a_bridge() -> None
     assert {type(point) for point in bridge.hook_dict.values()} == {OlmoHookPoint}
     attention = bridge.adapter.component_mapping["blocks"].submodules["attn"]
     assert type(attention.submodules["q"].hook_in) is OlmoHookPoint
+
+
+@pytest.mark.parametrize("site", ["hook_z", "hook_q", "hook_q_clipped", "hook_rot_k", "hook_out"])
+def test_what_a_hook_sees_is_on_the_way_of_the_gradient(site: str) -> None:
+    bridge = models.bridged(models.olmo(clip_qkv=0.5))
+    kept: dict[str, Any] = {}
+
+    def keep(tensor: torch.Tensor, hook: Any) -> None:
+        tensor.retain_grad()
+        kept["seen"] = tensor
+
+    def backwards(gradient: torch.Tensor, hook: Any) -> None:
+        kept["due"] = gradient
+
+    name = f"blocks.0.attn.{site}"
+    bridge.run_with_hooks(
+        TOKENS, return_type="loss", fwd_hooks=[(name, keep)], bwd_hooks=[(name, backwards)]
+    ).backward()
+    assert torch.equal(kept["seen"].grad, kept["due"])

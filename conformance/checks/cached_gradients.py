@@ -59,7 +59,7 @@ def _gradient_of_loss(logits: torch.Tensor, data: Inputs) -> tuple[torch.Tensor,
     "caching.incl_bwd",
     "run_with_cache(incl_bwd=True) keeps every site's value and gradient, the reference's under "
     "the same gradient of the logits, under every name, at the positions and in the shape asked "
-    "for, and gives every parameter its gradient; that of the logits is the loss's.",
+    "for, and adds its gradient to every parameter's; that of the logits is the loss's.",
     long_cases,
     examples=0.4,
 )
@@ -87,6 +87,9 @@ def incl_bwd(adapter: Adapter, case: Case) -> Iterator[Gap]:
     if not unfiltered:
         named["names_filter"] = lambda name: name in wanted
     settle(subject, case)
+    before_it = 0.125 * draw(2)  # a gradient is added to the one that is there
+    for parameter in subject.parameters.values() if before_it else ():
+        parameter.grad = torch.full_like(parameter, before_it)
     log = Log()
     hook_points(subject)["unembed.hook_out"].add_hook(log.listener(""), dir="bwd")
     before = attached(subject)
@@ -115,4 +118,12 @@ def incl_bwd(adapter: Adapter, case: Case) -> Iterator[Gap]:
                 yield from gradient_gaps(f"{key}_grad", site, expected, cache[f"{key}_grad"], view)
     trained = {name: parameter.grad for name, parameter in subject.parameters.items()}
     actual = Observation(expected.logits, parameter_gradients=trained)
+    if before_it:
+        added = {
+            name: torch.full_like(subject.parameters[name], before_it)
+            if own is None
+            else own + before_it
+            for name, own in expected.parameter_gradients.items()
+        }
+        expected = replace(expected, parameter_gradients=added)
     yield from compare_parameters(expected, actual)

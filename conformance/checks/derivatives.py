@@ -13,7 +13,7 @@ from hypothesis.strategies import SearchStrategy
 from torch.func import functional_call, grad, jvp, vmap
 
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import forward_as_it_is, in_one_forward, sites_to_hook
+from conformance.checks.support import drawing, forward_as_it_is, in_one_forward, sites_to_hook
 from conformance.compare import Gap, bitwise
 from conformance.edits import edited
 from conformance.inputs import inputs
@@ -52,9 +52,23 @@ def _hessian_times(subject: Subject, case: Case) -> dict[str, torch.Tensor | Non
     return dict(zip(subject.parameters, seconds, strict=True))
 
 
+class _Tripled(torch.autograd.Function):
+    """The same tensor, whose gradient is three times as great."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        """The tensor."""
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        """Not in place: it has a derivative too."""
+        return gradients[0] * 3
+
+
 @contextmanager
 def _watched(
-    subject: Subject, case: Case, edit: Edit | None = None, *, backward: bool = False
+    subject: Subject, case: Case, edit: Edit | None = None, *, tripled: str = ""
 ) -> Iterator[None]:
     """Look at every site while in here, by the subject's own means, and edit one of them.
 
@@ -65,10 +79,13 @@ def _watched(
         subject: The subject.
         case: The case, which says where the sites are.
         edit: What is done at one of them.
-        backward: Put a backward hook beside each of a bridge's.
+        tripled: A site whose gradient is replaced by three times itself; if there is one, every
+            hook of a bridge has a backward hook beside it.
     """
 
     def visit(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if subject.bridge is None and name == tripled:
+            tensor = _Tripled.apply(tensor)  # type: ignore[no-untyped-call]
         return edited(edit, tensor) if edit is not None and name == edit.site else tensor
 
     sites = sites_to_hook(subject, case)
@@ -81,7 +98,9 @@ def _watched(
     try:
         for name in sites:
             points[name].add_hook(lambda tensor, hook, name=name: visit(name, tensor))
-            if backward:
+            if name == tripled:
+                points[name].add_hook(lambda tensor, hook: tensor * 3, dir="bwd")
+            elif tripled:
                 points[name].add_hook(lambda tensor, hook: None, dir="bwd")
         yield
     finally:
@@ -92,7 +111,8 @@ def _watched(
 @check(
     "derivatives.second",
     "Hessian-vector products through the logits, clamp and all, are the reference's for every "
-    "parameter, bare and with forward and backward hooks on every site.",
+    "parameter, bare and with forward and backward hooks on every site, one of which returns "
+    "another gradient.",
     bent_cases,
     examples=0.25,
 )
@@ -101,12 +121,15 @@ def second(adapter: Adapter, case: Case) -> Iterator[Gap]:
     case = in_one_forward(case)
     truth = reference(case.model)
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    # Not past the clamp: taps on what is clamped in place lose such a node in the second pass.
+    sites = [name for name in sites_to_hook(subject, case) if not name.endswith("_clipped")]
+    site = sites[drawing(case)(len(sites))]
     for label in ("bare", "hooked"):
-        with _watched(truth, case) if label == "hooked" else nullcontext():
+        with _watched(truth, case, tripled=site) if label == "hooked" else nullcontext():
             expected = _hessian_times(truth, case)
         with (
             at_work(f"double backward, {label}"),
-            _watched(subject, case, backward=True) if label == "hooked" else nullcontext(),
+            _watched(subject, case, tripled=site) if label == "hooked" else nullcontext(),
         ):
             actual = _hessian_times(subject, case)
         for name, due in expected.items():

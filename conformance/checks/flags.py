@@ -9,9 +9,9 @@ from itertools import product
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from conformance.checks.forked import edited_gaps, is_exact, paired
+from conformance.checks.forked import edited_gaps, is_exact, paired, without_edits
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import turn
+from conformance.checks.support import drawing, turn
 from conformance.compare import NOTHING_SPECIAL, Gap, compare_parameters, compare_tensors
 from conformance.observe import observe
 from conformance.recorder import Observation
@@ -140,6 +140,8 @@ def edited(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Every later value, and every gradient, is that of a reference led through the copies."""
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
     turn(subject, case.run.flags, True)
+    if drawing(case)(3) == 0:  # what is computed without a gradient is of no use to one with it
+        observe(subject, without_edits(case), backward=False)
     yield from edited_gaps(adapter, subject, case)
 
 

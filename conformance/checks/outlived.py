@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
+from transformer_lens.hook_points import HookPoint
 
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of, in_one_forward, sites_to_hook
+from conformance.checks.support import bridge_of, drawing, in_one_forward, sites_to_hook
 from conformance.compare import Gap
 from conformance.inputs import Inputs, inputs
 from conformance.observe import observe, options, started
@@ -25,6 +27,25 @@ def _alive() -> list[torch.Tensor]:
     return [each for each in gc.get_objects() if type(each) in (torch.Tensor, nn.Parameter)]
 
 
+class _BrokenError(Exception):
+    """What a hook raises."""
+
+
+def _adding(tensor: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """A hook that holds a tensor."""
+    return lambda seen, hook: seen + tensor
+
+
+def _breaking() -> Callable[..., None]:
+    """A hook that fails, with a tensor in its hands."""
+
+    def hook(tensor: torch.Tensor, hook: HookPoint) -> None:
+        held = tensor * 2
+        raise _BrokenError(held.ndim)
+
+    return hook
+
+
 def _use(subject: Subject, case: Case, data: Inputs) -> None:
     """Run a bridge in many ways, with hooks that look on, and drop what comes of it."""
     bridge: Any = bridge_of(subject)
@@ -36,15 +57,25 @@ def _use(subject: Subject, case: Case, data: Inputs) -> None:
         picked = {"names_filter": "blocks.0.hook_in", "return_type": "loss"}
         bridge.run_with_cache(data.tokens, **{**given, **picked}, incl_bwd=True)
         bridge.run_with_hooks(
-            data.tokens, fwd_hooks=[("hook_embed", lambda tensor, hook: tensor)], **given
+            data.tokens, fwd_hooks=[("hook_embed", _adding(torch.zeros(())))], **given
         )
+        bridge(data.tokens, **{**given, "stop_at_layer": 1})
+        for name in ("blocks.0.hook_in", "ln_final.hook_out"):
+            with suppress(_BrokenError):
+                bridge.run_with_hooks(data.tokens, fwd_hooks=[(name, _breaking())], **given)
+        flag = ("use_attn_in", "use_split_qkv_input")[drawing(case)(2)]
+        getattr(bridge, f"set_{flag}")(True)
+        bridge.set_use_attn_result(True)
+        bridge(data.tokens, **given)
+        bridge.set_use_attn_result(False)
+        getattr(bridge, f"set_{flag}")(False)
         bridge.generate(data.tokens[:1, :1], max_new_tokens=1, stop_at_eos=False, verbose=False)
 
 
 @check(
     "surface.nothing_kept",
-    "Nothing is left alive of the tensors of forwards, backwards, cached, hooked and generating "
-    "runs once their results are dropped.",
+    "Nothing is left alive of the tensors of forwards, backwards, cached, hooked, stopped, failing "
+    "and generating runs, and of those under flags, once their results are dropped.",
     cases,
     examples=0.07,
 )
