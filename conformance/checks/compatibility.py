@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from inspect import signature
 from itertools import combinations
 
@@ -123,8 +124,11 @@ def log_probabilities(adapter: Adapter, case: Case) -> Iterator[Gap]:
         models=model_specs(
             dtypes=st.just("float32"),
             biases=st.sampled_from((("v",), ("v", "o"), tuple("qkvo"))),
-            clips=st.sampled_from((None, 0.5, 100.0)),  # whether it binds is not known beforehand
-        )
+            # Whether a clip binds is not known beforehand.
+            clips=st.sampled_from((None, None, 0.5, 100.0)),
+            dropouts=st.sampled_from((0.0, 0.5, 0.1)),
+        ),
+        runs=partial(run_specs, trainings=st.sampled_from((False, True, True))),
     ),
     examples=0.2,
 )
