@@ -41,7 +41,7 @@ def deep_cases() -> SearchStrategy[Case]:
     """Cases with several blocks, mostly; of eleven, the last has a number of two digits."""
     depths = st.sampled_from((1, 2, 3, 2, 3, 2, 3, 2, 3, 11))
     # Positions that follow from the padding: a bridge derives them wherever it starts.
-    paddings = st.sampled_from(("none", "none", "left", "gap", "rows", "right"))
+    paddings = st.sampled_from(("none", *("left", "gap", "rows") * 2, "right"))
     return cases(models=model_specs(layers=depths), runs=partial(run_specs, paddings=paddings))
 
 
