@@ -88,7 +88,7 @@ def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     ours.begin(case)
     expected = by_hugging_face(case, data, lambda truth: tapping(truth, case, sites, theirs))
     bridge = bridge_of(subject)
-    by = by_bridge if drawing(case)(2) else by_hf_generate
+    by = by_hf_generate if drawing(case)(2) else by_bridge
     with bridge.hooks(fwd_hooks=hooks_at(sites, ours)):
         actual = by(subject, case, data)
     yield from compare_values(

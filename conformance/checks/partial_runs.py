@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,14 +32,17 @@ from conformance.inputs import inputs
 from conformance.observe import observe, options, sites_of, started
 from conformance.recorder import Observation
 from conformance.spec import Case
-from conformance.strategies import cases, model_specs
+from conformance.strategies import cases, model_specs, run_specs
 from conformance.subjects import Subject, at_work, bridged, reference
 from conformance.tolerance import exactly
 
 
 def deep_cases() -> SearchStrategy[Case]:
     """Cases with several blocks, mostly; of eleven, the last has a number of two digits."""
-    return cases(models=model_specs(layers=st.sampled_from((1, 2, 3, 2, 3, 2, 3, 2, 3, 11))))
+    depths = st.sampled_from((1, 2, 3, 2, 3, 2, 3, 2, 3, 11))
+    # Positions that follow from the padding: a bridge derives them wherever it starts.
+    paddings = st.sampled_from(("none", *("left", "gap", "rows") * 2, "right"))
+    return cases(models=model_specs(layers=depths), runs=partial(run_specs, paddings=paddings))
 
 
 @dataclass(frozen=True)

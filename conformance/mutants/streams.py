@@ -90,31 +90,23 @@ for method, killer in (("generate", "sampling.draws"), ("hf_generate", "sampling
     add(f"sampling.{method}_repeats", breaks, "sampling", killer, owner, method, _gives_back)
 
 
-def _hushing(names: tuple[str, ...]) -> Any:
-    """What makes the hook points of some sites deaf, of a bridge, and gives back their names."""
-
-    class Deaf(OlmoHookPoint):
-        def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-            return tensor
-
-    def hush(bridge: Any, deaf: bool) -> None:
-        for name, point in bridge.hook_dict.items():
-            if isinstance(point, OlmoHookPoint) and name.startswith(names):
-                point.__class__ = Deaf if deaf else OlmoHookPoint
-
-    return hush
+class _Deaf(OlmoHookPoint):
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
 
 
 def _hushed(names: tuple[str, ...], original: Any) -> Any:
     """A method during which the hook points of some sites do not fire."""
-    hush = _hushing(names)
 
     def method(self: Any, *args: Any, **named: Any) -> Any:
-        hush(self, True)
+        points = [point for name, point in self.hook_dict.items() if name.startswith(names)]
+        for point in points:
+            point.__class__ = _Deaf
         try:
             return original(self, *args, **named)
         finally:
-            hush(self, False)
+            for point in points:
+                point.__class__ = OlmoHookPoint
 
     return method
 
