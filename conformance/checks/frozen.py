@@ -98,13 +98,20 @@ def _way(case: Case) -> int:
     return WAYS[case.run.token_seed % len(WAYS)]
 
 
+def _turns_alone(case: Case) -> bool:
+    """Whether a trained addition goes to cosines or sines, which one head of one row reads."""
+    return case.model.num_attention_heads == 1 and case.run.token_seed % 3 < 2
+
+
 def _hooked(subject: Subject, case: Case, sites: Mapping[str, Site]) -> Observation:
     """What a subject shows with everything hooked, and maybe with something trained at a site."""
     if _way(case) < 7 and case.run.token_seed // len(WAYS) % 2:
         return observe(subject, case, sites=sites)
-    # Not cosines and sines: their gradients are sums too.
+    turns = [name for name in sites if name.endswith(("attn.hook_cos", "attn.hook_sin"))]
+    # Else not cosines and sines: their gradients are sums too, over rows and heads.
     none = ("embed.hook_in", "rotary_emb.hook_in", "hook_cos", "hook_sin")
-    names = [name for name in sites if not name.endswith(none)]
+    others = [name for name in sites if not name.endswith(none)]
+    names = turns if _turns_alone(case) else others
     site = names[drawing(case)(len(names))]
     parameters = dict(subject.parameters)
     adding = _Steering(site, parameters)
@@ -140,7 +147,7 @@ def freeze(subject: Subject, case: Case) -> Subject:
 )
 def frozen(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """By the bridge's own handles, then bare and with everything hooked."""
-    case = in_one_forward(case)
+    case = in_one_forward(case, **({"batch": 1} if _turns_alone(case) else {}))
     checkpointed = case.run.training and case.run.positions == "derived"
     truth = reference(case.model)
     subject = bridged(case.model, adapter, prepared=case.run.prepared)

@@ -129,3 +129,15 @@ def weight_kept(original: Any) -> Any:
         return weight if kept is None or kept.data_ptr() != weight.data_ptr() else kept
 
     return weight_of
+
+
+@mutant(
+    "training.rotation_detached",
+    "an addition to cosines",
+    "training.frozen",
+    OlmoAttentionBridge,
+    "_rotation",
+)
+def rotation_detached(original: Any) -> Any:
+    """Cosines and sines get no gradient, nor what a hook adds to them."""
+    return lambda self, *args: tuple(each.detach() for each in original(self, *args))
