@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import pickle
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from transformer_lens.hook_points import HookPoint
 
 from conformance.checks.forward import logits_gap
@@ -22,6 +24,7 @@ from conformance.checks.support import (
     in_one_forward,
     quiet,
     sites_to_hook,
+    turn,
 )
 from conformance.compare import (
     Gap,
@@ -33,10 +36,32 @@ from conformance.compare import (
     labelled,
 )
 from conformance.observe import observe, sites_of
-from conformance.spec import DTYPES, Case
-from conformance.strategies import cases
+from conformance.spec import DTYPES, FLAGS, Case
+from conformance.strategies import cases, model_specs
 from conformance.subjects import Subject, at_work, bridged, reference
 from conformance.tolerance import exactly
+
+
+def _state(bridge: Any) -> dict[str, object]:
+    """What a bridge holds beside its numbers, by what each is called."""
+    model = bridge.original_model
+    weights = list(model.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    return {
+        **{f"cfg.{name}": value for name, value in vars(bridge.cfg).items()},
+        **{f"training of {name}": part.training for name, part in bridge.named_modules()},
+        **{f"requires_grad of {name}": held.requires_grad for name, held in weights},
+        # A tied pair is one parameter with two names.
+        **{f"parameter of {name}": first.setdefault(id(held), name) for name, held in weights},
+    }
+
+
+def _state_gaps(due: dict[str, object], bridge: Any, label: str) -> Iterator[Gap]:
+    got = _state(bridge)
+    for name in dict.fromkeys((*due, *got)):
+        was, now = due.get(name, "absent"), got.get(name, "absent")
+        if was != now:
+            yield Gap(f"{label}: {name}", "contract", f"{now!r:.60} instead of {was!r:.60}")
 
 
 @check(
@@ -51,9 +76,16 @@ def deepcopy(adapter: Adapter, case: Case) -> Iterator[Gap]:
     case = replace(case, run=replace(case.run, chunks=1))
     original = bridged(case.model, adapter, prepared=case.run.prepared)
     early = copied(original)
+    assert original.bridge is not None
+    yield from _state_gaps(_state(original.bridge), early.bridge, "copied before a forward")
     observe(original, case)
     late = copied(original)
-    assert original.bridge is not None
+    with at_work("copying a bridge together with its optimizer"):
+        pair = original.bridge, torch.optim.SGD(original.bridge.parameters())
+        twin, optimizer = copy.deepcopy(pair)
+    steps = [id(each) for each in optimizer.param_groups[0]["params"]]
+    if steps != [id(each) for each in twin.parameters()]:
+        yield Gap("copied together", "contract", "the optimizer trains other tensors")
     crossed: list[str] = []
     for name, point in original.bridge.hook_dict.items():
         point.add_hook(lambda tensor, hook, name=name: crossed.append(name))
@@ -113,6 +145,10 @@ def hooked_copy(adapter: Adapter, case: Case) -> Iterator[Gap]:
         bridge.add_hook(name, hook, dir=way, is_permanent=lasting)
 
     lasting = bool(draw(2))
+    looked: list[bool] = []
+    raw = [part for part in original.model.modules() if type(part).__module__.startswith("torch.")]
+    raw = [part for part in raw if isinstance(part, torch.nn.Linear)]
+    raw[draw(len(raw))].register_forward_hook(lambda *_: looked.append(True))
     with at_work("adding hooks"):
         for name in sites:
             put(name, "fwd", lambda tensor: None, bool(draw(2)))
@@ -122,6 +158,7 @@ def hooked_copy(adapter: Adapter, case: Case) -> Iterator[Gap]:
 
     def shown(subject: Subject) -> tuple[torch.Tensor, list[str]]:
         fired.clear()
+        looked.clear()
         logits, _ = forward_as_it_is(subject, case)
         with at_work("a backward"):
             logits.sum().backward()  # type: ignore[no-untyped-call]
@@ -130,8 +167,8 @@ def hooked_copy(adapter: Adapter, case: Case) -> Iterator[Gap]:
         return logits.detach(), list(fired)
 
     logits, order = shown(original)
-    subjects = {"the original": original, "a copy": (copy := copied(original))}
-    subjects["a copy of that"] = copied(copy)
+    subjects = {"the original": original, "a copy": (twin := copied(original))}
+    subjects["a copy of that"] = copied(twin)
     left = dict.fromkeys(subjects, (logits, order))
     some = logits if lasting else bare.detach(), [label for label in order if permanent[label]]
     none: tuple[torch.Tensor, list[str]] = bare.detach(), []
@@ -152,19 +189,30 @@ def hooked_copy(adapter: Adapter, case: Case) -> Iterator[Gap]:
             label = f"{name}, hooks last taken off {freed or 'nothing'}"
             yield from labelled(label, compare_firing(wanted, met))
             yield from labelled(label, bitwise("logits", due, got))
+            if len(looked) != 1:
+                yield Gap(label, "count", f"a plain PyTorch hook fired {len(looked)} times")
 
 
 @check(
     "copies.pickle",
-    "Pickling and torch.save of a bridge give an equal bridge, or refuse with one clear error.",
-    cases,
+    "Pickling and torch.save of a bridge give an equal bridge, with its flags, its mode, its ties "
+    "and what is frozen, or refuse with one clear error.",
+    lambda: cases(models=model_specs(ties=st.sampled_from((False, True)))),
     examples=0.1,
 )
 def pickled(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """A refusal is a TypeError or NotImplementedError that says what to do instead."""
-    case = replace(case, run=replace(case.run, chunks=1))
+    """A refusal is a TypeError or NotImplementedError that says what to do instead.
+
+    A flag may be set on the bridge, parameters of it frozen, and its mode is any.
+    """
+    case, draw = in_one_forward(case), drawing(case)
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    turn(subject, FLAGS[draw(len(FLAGS) + 2) :][:1], True)
     expected = observe(subject, case, backward=False)
+    for parameter in subject.parameters.values():
+        parameter.requires_grad_(bool(draw(2)))
+    bridge_of(subject).train(bool(draw(2)))
+    due = _state(subject.bridge)
     for name in ("pickle", "torch.save"):
         kept = io.BytesIO()
         try:
@@ -182,6 +230,7 @@ def pickled(adapter: Adapter, case: Case) -> Iterator[Gap]:
         kept.seek(0)
         with at_work(f"loading what {name} wrote"):
             bridge = pickle.load(kept) if name == "pickle" else torch.load(kept, weights_only=False)
+        yield from _state_gaps(due, bridge, name)
         loaded = replace(subject, bridge=bridge, model=bridge.original_model, parameters={})
         yield from logits_gap(expected, observe(loaded, case, backward=False), f"{name}: logits")
 

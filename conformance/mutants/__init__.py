@@ -20,7 +20,11 @@ from conformance.mutants import (
     gradients,
     hook_api,
     hooks,
+<<<<<<< HEAD
     kept,
+=======
+    kept_states,
+>>>>>>> w1
     layernorm,
     loading,
     lookup,
@@ -74,7 +78,11 @@ __all__ = [
     "gradients",
     "hook_api",
     "hooks",
+<<<<<<< HEAD
     "kept",
+=======
+    "kept_states",
+>>>>>>> w1
     "kill",
     "layernorm",
     "loading",
