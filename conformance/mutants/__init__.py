@@ -20,11 +20,8 @@ from conformance.mutants import (
     gradients,
     hook_api,
     hooks,
-<<<<<<< HEAD
     kept,
-=======
     kept_states,
->>>>>>> w1
     layernorm,
     loading,
     lookup,
@@ -78,11 +75,8 @@ __all__ = [
     "gradients",
     "hook_api",
     "hooks",
-<<<<<<< HEAD
     "kept",
-=======
     "kept_states",
->>>>>>> w1
     "kill",
     "layernorm",
     "loading",
