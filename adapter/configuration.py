@@ -26,6 +26,7 @@ def tell_the_truth(bridge: TransformerBridge) -> None:
         "d_head": getattr(hf, "head_dim", hf.hidden_size // hf.num_attention_heads),
         "n_key_value_heads": hf.num_key_value_heads,
         "eps": EPS,
+        "dtype": model.lm_head.weight.dtype,  # that of a model given to boot_transformers, too
         "tie_word_embeddings": model.lm_head.weight is model.model.embed_tokens.weight,
     }
     for config in configurations(bridge):

@@ -10,12 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import OlmoForCausalLM
 
 import adapter
 from adapter.checkpoint import CheckpointError, require_whole
+from adapter.configuration import configurations
 from adapter.tests import models
 from adapter.tests.models import TOKENS, same
 from adapter.tests.test_adapter import registry
+from adapter.tests.test_text import tokenizer
 
 
 @pytest.fixture
@@ -142,3 +145,13 @@ def test_looking_changes_neither_configuration_nor_random_state(tmp_path: Any) -
     require_whole(tmp_path, config)
     assert config.to_dict() == before
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_model_that_is_given_says_its_dtype(tmp_path: Any) -> None:
+    saved(tmp_path)
+    model = OlmoForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    bridge = TransformerBridge.boot_transformers(
+        str(tmp_path), hf_model=model, tokenizer=tokenizer(), device="cpu"
+    )
+    assert {config.dtype for config in configurations(bridge)} == {torch.bfloat16}
