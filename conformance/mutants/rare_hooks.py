@@ -84,8 +84,8 @@ def recomputed_unedited(original: Any) -> Any:
 def autocast_unedited(original: Any) -> Any:
     """Under autocast what a hook of hook_result returns is lost."""
 
-    def contributions(z: torch.Tensor, projection: Any, *rest: Any) -> Any:
-        output = original(z, projection, *rest)
+    def contributions(z: torch.Tensor, projection: Any, **rest: Any) -> Any:
+        output = original(z, projection, **rest)
         return projection(z) if torch.is_autocast_enabled("cpu") else output
 
     return contributions
@@ -99,8 +99,8 @@ add(
     attention,
     "head_contributions",
     lambda original: (
-        lambda *args: (
-            original(*args).float() if torch.is_autocast_enabled("cpu") else original(*args)
+        lambda z, **rest: (
+            original(z, **rest).float() if torch.is_autocast_enabled("cpu") else original(z, **rest)
         )
     ),
 )
