@@ -98,10 +98,11 @@ def nested(adapter: Adapter, case: Case) -> Iterator[Gap]:
     given = {"return_type": "logits", **options(subject, case)}
     within: list[torch.Tensor] = []
     seen: dict[str, torch.Tensor] = {}
-    running = False
+    running, calls = False, 0
 
     def run(tensor: torch.Tensor, hook: HookPoint) -> None:
-        nonlocal running
+        nonlocal running, calls
+        calls += 1
         if not running:
             running = True
             within.append(bridge(inputs(other).tokens, **given))
@@ -128,5 +129,6 @@ def nested(adapter: Adapter, case: Case) -> Iterator[Gap]:
     yield from labelled(label, bitwise("logits of the run around", around, got))
     for logits in within:
         yield from labelled(label, bitwise("logits of the run within", alone, logits))
-    if len(within) != 1:
-        yield Gap(place, "missing" if not within else "count", f"fired {len(within)} times")
+    if calls != 2:
+        told = f"fired {calls} times, instead of once in each run"
+        yield Gap(place, "count" if calls else "missing", told)

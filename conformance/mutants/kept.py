@@ -59,3 +59,20 @@ def silent(original: Any) -> Any:
             busy.clear()
 
     return call
+
+
+@mutant("nested.own_point", "any", "hook_api.nested", OlmoHookPoint, "__call__")
+def own_point(original: Any) -> Any:
+    """A point that one of its hooks leads to again is silent there."""
+    busy: set[int] = set()
+
+    def call(self: Any, x: torch.Tensor) -> Any:
+        if id(self) in busy:
+            return x
+        busy.add(id(self))
+        try:
+            return original(self, x)
+        finally:
+            busy.discard(id(self))
+
+    return call
