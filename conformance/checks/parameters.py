@@ -45,11 +45,17 @@ def same(adapter: Adapter, case: Case) -> Iterator[Gap]:
             named = [(n.replace(WRAPPED, ""), id(p)) for n, p in bridge.named_parameters()]
             inside = {id(p) for p in nn.ModuleList([bridge]).parameters()}
             listed = [id(p) for p in bridge.parameters()]
+            twice = [id(p) for _, p in bridge.named_parameters(remove_duplicate=False)]
         if named != list(due.items()):
             wrong = [name for name, _ in set(named) ^ set(due.items())] or ["the order"]
             yield Gap(f"named_parameters(){stage}", "contract", f"not Hugging Face's: {wrong}")
         if listed != list(due.values()):
             yield Gap(f"parameters(){stage}", "contract", "not Hugging Face's, or not in its order")
+        # A tied pair is there under both of its names.
+        every = bridge.original_model.named_parameters(remove_duplicate=False)
+        if twice != [id(p) for _, p in every]:
+            told = f"named_parameters(remove_duplicate=False){stage}"
+            yield Gap(told, "contract", "not the wrapped model's")
         if inside != set(due.values()):
             extra = len(inside - set(due.values()))
             yield Gap(f"a module around the bridge{stage}", "contract", f"{extra} extra parameters")

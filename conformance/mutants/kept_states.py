@@ -142,3 +142,32 @@ def strips_hooks(original: Any) -> Any:
                     del module._forward_hooks[key]
 
     return forget
+
+
+@mutant(
+    "kept.duplicates_ignored",
+    "tied embeddings",
+    "parameters.same",
+    OlmoTransformerBridge,
+    "named_parameters",
+)
+def duplicates_ignored(original: Any) -> Any:
+    """named_parameters(remove_duplicate=False) is not passed on."""
+
+    def named(
+        self: Any, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Any:
+        return original(self, prefix, recurse)
+
+    return named
+
+
+@mutant("text.pads_by_token", "END as pad", "text.forward", OlmoTransformerBridge, "_encode")
+def pads_by_token(original: Any) -> Any:
+    """The mask is where no pad token stands, also one that belongs to the text."""
+
+    def encode(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tokens, _ = original(self, *args, **kwargs)
+        return tokens, (tokens != self.tokenizer.pad_token_id).long()
+
+    return encode
