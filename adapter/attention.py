@@ -206,6 +206,9 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
 
     def _project_out(self, z: torch.Tensor) -> torch.Tensor:
         """Output projection of ``[batch, pos, head * d_head]``."""
+        if not getattr(self.config, "use_attn_result", False):
+            output: torch.Tensor = self.o(z)
+            return output
         hf: Any = self.original_component
         by_head = partial(
             head_contributions,
@@ -213,8 +216,7 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
             d_head=hf.head_dim,
             hook=self.hook_result,
         )
-        asked = getattr(self.config, "use_attn_result", False)
-        output: torch.Tensor = self.o(z, through=by_head) if asked else self.o(z)
+        output = self.o(z, through=by_head)
         return output
 
 
