@@ -55,13 +55,19 @@ class OlmoHookPoint(HookPoint):
         return x.clone() if is_hooked(self) else x
 
     def add_hook(
-        self, hook: Callable[..., Any], dir: str = "fwd", *args: Any, **kwargs: Any
+        self,
+        hook: Callable[..., Any],
+        dir: Any = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+        alias_names: list[str] | None = None,
     ) -> Any:
         """Add a hook as TransformerLens does; what a forward hook sees is on the gradient's way."""
-        given = _OnRoute(self, hook) if dir == "fwd" else hook
-        handle: Any = super().add_hook(given, dir, *args, **kwargs)  # type: ignore[arg-type]
-        if hasattr(handle, "user_hook"):
-            handle.user_hook = hook
+        given: Any = _OnRoute(self, hook) if dir == "fwd" else hook
+        super().add_hook(given, dir, is_permanent, level, prepend, alias_names)
+        handle: Any = (self.fwd_hooks if dir == "fwd" else self.bwd_hooks)[0 if prepend else -1]
+        handle.user_hook, handle.alias_names = hook, alias_names
         return handle
 
     def __dir__(self) -> list[str]:
@@ -88,6 +94,8 @@ class OlmoHookPoint(HookPoint):
         TransformerLens copies a whole block, most of which is hook points, for every layer.
         """
         new = memo[id(self)] = type(self).__new__(type(self))
+        for handle in (*self.fwd_hooks, *self.bwd_hooks):
+            memo[id(handle.user_hook)] = handle.user_hook  # a function of the user's, not a part
         state = self.__getstate__()  # type: ignore[no-untyped-call]
         for name, value in state.items():
             if type(value) in _HOLDERS and not value:
@@ -96,7 +104,18 @@ class OlmoHookPoint(HookPoint):
             elif type(value) not in _BARE:
                 state[name] = copy.deepcopy(value, memo)
         new.__setstate__(state)  # type: ignore[no-untyped-call]
+        new._take_over("fwd", new.fwd_hooks, new._forward_hooks)
+        new._take_over("bwd", new.bwd_hooks, new._backward_pre_hooks)
         return new
+
+    def _take_over(self, dir: str, handles: list[Any], hooks: dict[int, Any]) -> None:
+        """Be the hook point that hooks which came along in a copy are given, with its ``ctx``."""
+        for handle in list(handles):
+            if handle.hook.id in hooks:
+                alias_names = getattr(handle, "alias_names", None)
+                again = self.add_hook(handle.user_hook, dir, alias_names=alias_names)
+                handles.remove(again)
+                hooks[handle.hook.id] = hooks.pop(again.hook.id)
 
     def register_full_backward_hook(
         self, hook: Callable[..., Any], prepend: bool = False

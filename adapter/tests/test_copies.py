@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
 from typing import Any
 
 import pytest
@@ -94,3 +95,28 @@ def test_state_dicts_round_trip(shape: Any) -> None:
         torch.nn.init.zeros_(parameter)
     other.load_state_dict(bridge.state_dict())
     assert same(other(TOKENS), bridge(TOKENS))
+
+
+class Counter:
+    """A hook with something in it that cannot be copied."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+
+    def __call__(self, tensor: torch.Tensor, hook: Any) -> None:
+        with self.lock:
+            hook.ctx["names"] = [*hook.ctx.get("names", []), hook.name]
+
+
+@pytest.mark.parametrize("alias_names", [None, ["one", "other"]])
+def test_hooks_of_a_copy_are_given_its_own_hook_points(alias_names: list[str] | None) -> None:
+    bridge, name = models.bridged(models.olmo()), "blocks.0.hook_out"
+    for direction in ("fwd", "bwd"):
+        bridge.hook_dict[name].add_hook(Counter(), direction, alias_names=alias_names)
+    twin = copy.deepcopy(bridge)
+    twin(TOKENS).sum().backward()
+    assert twin.hook_dict[name].ctx == {"names": (alias_names or [name]) * 2}
+    assert bridge.hook_dict[name].ctx == {}
+    twin.reset_hooks()
+    assert not twin.hook_dict[name].has_hooks()
+    assert bridge.hook_dict[name].has_hooks()

@@ -19,16 +19,19 @@ from conformance.checks.hooking import (
     picking,
     run_cached,
     settle,
+    some_sites,
     value_gaps,
 )
+from conformance.checks.hook_order import Chain
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import drawing, in_one_forward, some_positions
 from conformance.compare import Gap, compare_parameters, compare_tensors
+from conformance.edits import edited
 from conformance.inputs import Inputs, inputs
 from conformance.observe import observe, sites_of
 from conformance.points import hook_points
 from conformance.recorder import Observation
-from conformance.spec import Case
+from conformance.spec import Case, Edit
 from conformance.strategies import cases, run_specs
 from conformance.subjects import bridged, reference
 from conformance.tolerance import Allowance, of_loss_gradient
@@ -59,7 +62,8 @@ def _gradient_of_loss(logits: torch.Tensor, data: Inputs) -> tuple[torch.Tensor,
     "caching.incl_bwd",
     "run_with_cache(incl_bwd=True) keeps every site's value and gradient, the reference's under "
     "the same gradient of the logits, under every name, at the positions and in the shape asked "
-    "for, and adds its gradient to every parameter's; that of the logits is the loss's.",
+    "for, as the user's backward hooks have left it, and adds its gradient to every parameter's; "
+    "that of the logits is the loss's.",
     long_cases,
     examples=0.4,
 )
@@ -90,8 +94,13 @@ def incl_bwd(adapter: Adapter, case: Case) -> Iterator[Gap]:
     before_it = 0.125 * draw(2)  # a gradient is added to the one that is there
     for parameter in subject.parameters.values() if before_it else ():
         parameter.grad = torch.full_like(parameter, before_it)
-    log = Log()
-    hook_points(subject)["unembed.hook_out"].add_hook(log.listener(""), dir="bwd")
+    log, points = Log(), hook_points(subject)
+    points["unembed.hook_out"].add_hook(log.listener(""), dir="bwd")
+    sites = [site for site in some_sites(subject, case, 2) if site != "unembed.hook_out"]
+    changes_one = draw(3) == 0
+    change = Edit(site=sites[0], kind="scale", seed=draw(2**16))
+    if changes_one:
+        points[change.site].add_hook(lambda gradient, hook: edited(change, gradient), dir="bwd")
     before = attached(subject)
     _, cache = run_cached(subject, case, data.tokens, **named)
     yield from changes(before, attached(subject), "after run_with_cache(incl_bwd=True)")
@@ -100,7 +109,8 @@ def incl_bwd(adapter: Adapter, case: Case) -> Iterator[Gap]:
         return
     (seed,) = log.tensors[""]
     seeded = replace(data, probe=seed)
-    expected = observe(reference(case.model), case, sites=every, data=seeded)
+    chain = Chain(change.site, [], [change]) if changes_one else None
+    expected = observe(reference(case.model), case, sites=every, data=seeded, recorder=chain)
     due, allowance = _gradient_of_loss(expected.logits, data)
     gap = compare_tensors("logits", due, seed, allowance, kind="gradient")
     yield from [gap] if gap else []
@@ -115,7 +125,9 @@ def incl_bwd(adapter: Adapter, case: Case) -> Iterator[Gap]:
                 kind = "extra" if f"{key}_grad" in cache else "missing"
                 yield Gap(f"{key}_grad", kind, "the reference has it on one side only")
             elif name in expected.gradients:
-                yield from gradient_gaps(f"{key}_grad", site, expected, cache[f"{key}_grad"], view)
+                own = changes_one and name == change.site
+                told = f"{key}_grad{', edited by a hook of the user' if own else ''}"
+                yield from gradient_gaps(told, site, expected, cache[f"{key}_grad"], view)
     trained = {name: parameter.grad for name, parameter in subject.parameters.items()}
     actual = Observation(expected.logits, parameter_gradients=trained)
     if before_it:

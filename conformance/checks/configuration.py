@@ -17,14 +17,21 @@ from transformers.models.olmo.modeling_olmo import (
 
 from conformance.checks.modes import DROPS
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of, everywhere_gaps, has_exact, in_one_forward
+from conformance.checks.support import (
+    bridge_of,
+    everywhere_gaps,
+    has_exact,
+    in_one_forward,
+    quiet,
+)
 from conformance.checks.surface import FLAGS, is_told
 from conformance.compare import Gap, labelled
 from conformance.observe import observe
-from conformance.spec import Case
+from conformance.spec import Case, ModelSpec
 from conformance.strategies import cases, model_specs
 from conformance.subjects import (
     Subject,
+    at_work,
     bridged,
     hf_model,
     lens_config,
@@ -39,34 +46,46 @@ from conformance.taps import LAYER_NORM_EPS
     "configuration.truth",
     "cfg carries the model's clip_qkv, attention_dropout, rotary_base, d_head, n_key_value_heads, "
     "eps and tying; all else that transformer_lens has translated from the model's configuration, "
-    "of the bridge and of each component, is what the adapter says of OLMo, or still that.",
+    "of the bridge and of each component, is what the adapter says of OLMo, or still that, in "
+    "compatibility mode too.",
     cases,
     examples=0.2,
 )
 def truth(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Field by field, on the bridge and on the configuration each component reads."""
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    gaps = list(_untrue(subject, case.model, ""))
+    yield from gaps
+    if not gaps and case.run.token_seed % 2:
+        bridge = bridge_of(subject)
+        with at_work("enable_compatibility_mode"), quiet():
+            bridge.enable_compatibility_mode(disable_warnings=True, fold_value_biases=False)
+            tied = bridge.unembed.W_U.data_ptr() == bridge.embed.W_E.data_ptr()
+        model = replace(case.model, tie_word_embeddings=tied)  # what is folded in one unties both
+        yield from _untrue(subject, model, " in compatibility mode")
+
+
+def _untrue(subject: Subject, model: ModelSpec, when: str) -> Iterator[Gap]:
     translated = {
         name: FLAGS.get(name, value)
-        for name, value in vars(lens_config(hf_model(case.model))).items()
+        for name, value in vars(lens_config(hf_model(model))).items()
         if is_told(name, value)
     }
+    bridge = bridge_of(subject)
     known: set[int] = set()
-    for path, component in bridge_of(subject).named_modules():
+    for path, component in bridge.named_modules():
         config = getattr(component, "config" if path else "cfg", None)
         if not isinstance(config, TransformerBridgeConfig) or id(config) in known:
             continue
         known.add(id(config))
-        if config.d_vocab_out not in (-1, case.model.vocab_size):
-            yield Gap("cfg.d_vocab_out", "contract", f"{config.d_vocab_out}")
+        if config.d_vocab_out not in (-1, model.vocab_size):
+            yield Gap(f"cfg.d_vocab_out{when}", "contract", f"{config.d_vocab_out}")
         for name, value in translated.items():
             got = getattr(config, name, "absent")
             if got != value:
                 where = f"{path}.config" if path else "cfg"
                 told = f"{got!r} instead of {value!r}"
-                yield Gap(f"{where}.{name}", "contract", told)
-    assert subject.bridge is not None
-    model = case.model
+                yield Gap(f"{where}.{name}{when}", "contract", told)
     due = {
         "clip_qkv": model.clip_qkv,
         "attention_dropout": model.attention_dropout,
@@ -82,9 +101,9 @@ def truth(adapter: Adapter, case: Case) -> Iterator[Gap]:
         "eps": LAYER_NORM_EPS,
         "tie_word_embeddings": model.tie_word_embeddings,
     }
-    holders = {"cfg": subject.bridge.cfg}
+    holders = {"cfg": bridge.cfg}
     for block in range(model.num_hidden_layers):
-        holders[f"blocks.{block}.attn.config"] = subject.bridge.blocks[block].attn.config
+        holders[f"blocks.{block}.attn.config"] = bridge.blocks[block].attn.config
     for holder, config in holders.items():
         for name, value in due.items():
             got = getattr(config, name, "absent")
@@ -92,7 +111,7 @@ def truth(adapter: Adapter, case: Case) -> Iterator[Gap]:
             if name == "n_key_value_heads" and got is None and value == model.num_attention_heads:
                 continue
             if got != value:
-                yield Gap(f"{holder}.{name}", "contract", f"{got!r}, the model has {value!r}")
+                yield Gap(f"{holder}.{name}{when}", "contract", f"{got!r}, the model has {value!r}")
 
 
 def _set_clip(model: Any, clip: float | None) -> None:

@@ -36,6 +36,7 @@ from conformance.compare import (
     labelled,
 )
 from conformance.observe import observe, sites_of
+from conformance.points import hook_points
 from conformance.spec import DTYPES, FLAGS, Case
 from conformance.strategies import cases, model_specs
 from conformance.subjects import Subject, at_work, bridged, reference
@@ -116,11 +117,16 @@ def deepcopy(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield Gap("gradients", "contract", "a backward of the copy reached the original")
 
 
+def _calls(subject: Subject) -> int:
+    """What the hooks of `hooked_copy` have counted in ``hook.ctx``."""
+    return sum(point.ctx.get("calls", 0) for point in hook_points(subject).values())
+
+
 @check(
     "copies.hooked",
     "Hooks that are on a bridge when it is copied by copy.deepcopy are on the copy as well, where "
     "they fire and change what they do on the original, and on a copy of that; they come off each "
-    "alone.",
+    "alone, and what they keep in hook.ctx is kept by each alone.",
     cases,
     examples=0.2,
 )
@@ -140,6 +146,7 @@ def hooked_copy(adapter: Adapter, case: Case) -> Iterator[Gap]:
 
         def hook(tensor: torch.Tensor, hook: HookPoint) -> Any:
             fired.append(label)
+            hook.ctx["calls"] = hook.ctx.get("calls", 0) + 1
             return change(tensor)
 
         bridge.add_hook(name, hook, dir=way, is_permanent=lasting)
@@ -185,8 +192,14 @@ def hooked_copy(adapter: Adapter, case: Case) -> Iterator[Gap]:
                 bridge_of(subjects[freed]).reset_hooks(including_permanent=wholly)
             left[freed] = none if wholly else some
         for name, subject in subjects.items():
+            before = {other: _calls(each) for other, each in subjects.items()}
             (due, wanted), (got, met) = left[name], shown(subject)
             label = f"{name}, hooks last taken off {freed or 'nothing'}"
+            for other, each in subjects.items():
+                more = _calls(each) - before[other]
+                if more != (len(met) if other == name else 0):
+                    told = f"hook.ctx of {other} has heard of {more} calls, {len(met)} were made"
+                    yield Gap(f"{label}: hook.ctx", "contract", told)
             yield from labelled(label, compare_firing(wanted, met))
             yield from labelled(label, bitwise("logits", due, got))
             if len(looked) != 1:

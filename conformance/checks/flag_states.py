@@ -96,17 +96,47 @@ def _wrapped_gaps(adapter: Adapter, case: Case) -> Iterator[Gap]:
     yield from logits_gap(due, got, f"logits, {path} wrapped, under {flag}")
 
 
+def _both_gaps(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """An edit behind a flag, and one of what the projection behind it reads: neither is dropped."""
+    draw, flags = drawing(case), ("use_split_qkv_input",)
+    block = draw(case.model.num_hidden_layers)
+    gate, read, shown = (
+        f"blocks.{block}.attn.{name}" for name in ("hook_v_input", "v.hook_in", "v.hook_out")
+    )
+    edits = [Edit(site=gate, kind="noise", seed=draw(2**16)), Edit(site=read, kind="scale", seed=3)]
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    turn(subject, flags, True)
+    every = {**sites_of(subject, case), **behind_flags(case.model, flags)}
+    sites = {name: every[name] for name in (gate, read, shown)}
+
+    def projected(*made: Edit) -> torch.Tensor:
+        its = in_one_forward(case, edits=made)
+        return observe(subject, its, sites=sites, backward=False).values[shown]
+
+    none, first, second = projected(), projected(edits[0]), projected(edits[1])
+    try:
+        both = projected(*edits)
+    except SubjectError:
+        return  # refused
+    told = {f"the edit at {read}": (first, none, second), f"the one at {gate}": (second, none, first)}
+    for dropped, (kept, bare, alone) in told.items():
+        if torch.equal(both, kept) and not torch.equal(bare, alone):
+            yield Gap(shown, "contract", f"of two edits, {dropped} is dropped")
+
+
 @check(
     "flags.refused",
     "Asking for use_attn_in and use_split_qkv_input together is refused with an error that names "
     "both, and leaves the flags, hooks and logits as they were. An edit behind a flag that needs "
-    "the weight of a projection that computes more than that, is refused or takes account of it.",
+    "the weight of a projection that computes more than that, or beside one of what a projection "
+    "reads, is refused or takes account of it.",
     cases,
     examples=0.15,
 )
 def refused(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """In either order, by set_use_* and on cfg; and legal once the first is off."""
     yield from _wrapped_gaps(adapter, case)
+    yield from _both_gaps(adapter, case)
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
     by_cfg = bool(case.run.token_seed % 2)
     first, second = sorted(EXCLUSIVE, reverse=bool(case.run.token_seed // 2 % 2))

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from transformer_lens.hook_points import HookPoint
 
 from conformance.checks.hooking import Log, attached, changes, settle
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import in_one_forward
+from conformance.checks.support import bridge_of, drawing, in_one_forward
 from conformance.compare import Gap, compare_tensors
 from conformance.inputs import inputs
 from conformance.observe import observe, options, sites_of, started
@@ -69,7 +70,8 @@ def _expected(
 @check(
     "firing.gated",
     "A hook that a flag gates fires once a forward under its flag, with the residual stream once "
-    "a head, or the head's share of the output, and never without, before as after.",
+    "a head, or the head's share of the output, and never without, before as after; a flag that "
+    "a hook turns counts from there on.",
     cases,
     examples=0.3,
 )
@@ -105,6 +107,34 @@ def gated(adapter: Adapter, case: Case) -> Iterator[Gap]:
                 yield Gap(name, "count", f"fired {len(shown)} times instead of {due}, {when}")
             elif shown:
                 yield from _right(truth, case.model, name, log, values[_source(name)])
+    yield from _midway(subject, case)
+
+
+def _midway(subject: Subject, case: Case) -> Iterator[Gap]:
+    """A hook turns a flag on or off: that counts for the blocks that are still to come."""
+    bridge, log, blocks = bridge_of(subject), Log(), case.model.num_hidden_layers
+    draw = drawing(case)
+    turned_on, at = bool(draw(2)), draw(blocks)
+
+    def switch(tensor: torch.Tensor, hook: HookPoint) -> None:
+        bridge.set_use_attn_result(turned_on)
+
+    with at_work("a forward whose hook turns use_attn_result on or off"):
+        bridge.set_use_attn_result(True)  # else its hooks are refused
+        for block in range(blocks):
+            point = bridge.hook_dict[f"blocks.{block}.attn.hook_result"]
+            point.add_hook(log.listener(str(block)))
+        bridge.set_use_attn_result(not turned_on)
+        bridge.hook_dict[f"blocks.{at}.hook_in"].add_hook(switch)
+        try:
+            _forward(subject, case)
+        finally:
+            bridge.reset_hooks()
+            bridge.set_use_attn_result(False)
+    due = [str(block) for block in range(blocks) if (block >= at) == turned_on]
+    if log.order != due:
+        told = f"{'on' if turned_on else 'off'} from block {at}: fired in {log.order}, not {due}"
+        yield Gap("blocks.*.attn.hook_result", "count", told)
 
 
 def _right(

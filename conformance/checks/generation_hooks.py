@@ -114,6 +114,7 @@ def _state(subject: Subject, *, drawn: bool) -> dict[str, Any]:
     return {
         "train or eval mode": {name: module.training for name, module in modules.items()},
         "hooks": hooks,
+        "hook.ctx": {name: dict(point.ctx) for name, point in hook_points(subject).items()},
         "PyTorch's hooks": {name: len(module._forward_hooks) for name, module in modules.items()},
         "requires_grad": {name: p.requires_grad for name, p in bridge.named_parameters()},
         "gradient mode": torch.is_grad_enabled(),
@@ -188,6 +189,7 @@ def leaves_nothing(adapter: Adapter, case: Case) -> Iterator[Gap]:
     try:
         for name, permanent in zip(user, (False, True), strict=True):
             points[name].add_hook(listen, is_permanent=permanent)
+            points[name].ctx["kept"] = name
         for way, (act, firings) in ways.items():
             state = _state(subject, drawn=drawn)
             seen.clear()

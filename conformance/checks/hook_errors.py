@@ -10,7 +10,7 @@ import torch
 
 from conformance.checks.hooking import Log, attached, changes, settle, some_sites
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import in_one_forward
+from conformance.checks.support import bridge_of, in_one_forward
 from conformance.compare import Gap, compare_parameters, compare_tensors
 from conformance.inputs import inputs
 from conformance.observe import observe, options, started
@@ -186,6 +186,8 @@ def exceptions(adapter: Adapter, case: Case) -> Iterator[Gap]:
     with started(subject, case):
         yield from _tried(_Trial(subject, case, site), case)
     yield from changes(before, attached(subject), "afterwards")
+    if level := bridge_of(subject).context_level:
+        yield Gap("context_level", "contract", f"is {level} with no context open")
     for parameter in subject.parameters.values():
         parameter.grad = None
     users.order.clear()

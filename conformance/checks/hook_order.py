@@ -37,7 +37,7 @@ from conformance.subjects import at_work, bridged, reference
 KINDS = tuple(kind for kind in EDITS if kind not in ("identity", "replace", "in_place"))
 
 
-class _Chain(Recorder):
+class Chain(Recorder):
     """Performs edits of one site one after another, of its value and of its gradient."""
 
     edits_gradients = True
@@ -148,7 +148,7 @@ def order(adapter: Adapter, case: Case) -> Iterator[Gap]:
                     times = 2
             at = 0 if way == 0 else len(chains[direction])
             chains[direction][at:at] = [edit] * times
-        chained = _Chain(first.site, chains["fwd"], chains["bwd"])
+        chained = Chain(first.site, chains["fwd"], chains["bwd"])
         expected = observe(reference(case.model), case, sites=every, recorder=chained)
         # The hooks are on already: this recorder's own only look.
         bare = replace(case, run=replace(case.run, edits=()))

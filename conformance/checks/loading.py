@@ -85,8 +85,8 @@ def _frequencies(model: torch.nn.Module) -> torch.Tensor:
 @check(
     "loading.by_name",
     "boot_transformers of a directory gives a bridge with the weights, logits and gradients of "
-    "Hugging Face's model of that directory, in the dtype that is asked for: tied or not, in one "
-    "file, in shards or in a snapshot of links.",
+    "Hugging Face's model of that directory, in the dtype and with the clip that are asked for: "
+    "tied or not, in one file, in shards or in a snapshot of links.",
     saved_cases,
     examples=0.5,
 )
@@ -97,14 +97,18 @@ def by_name(adapter: Adapter, case: Case) -> Iterator[Gap]:
     pick = Random(case.run.token_seed)
     layout, asked = pick.choice(LAYOUTS), pick.choice((None, *DTYPES))
     dtype = getattr(torch, asked or "float32")
-    named = {} if asked is None else {"dtype": dtype}
+    named: dict[str, Any] = {} if asked is None else {"dtype": dtype}
+    over: dict[str, Any] = {}
+    if case.model.clip_qkv is not None and pick.random() < 0.5:
+        over["clip_qkv"] = case.model.clip_qkv / 4
+        named["hf_config_overrides"] = over
     with TemporaryDirectory() as home:
         directory = save(case, Path(home), layout)
         with quiet():
             model = OlmoForCausalLM.from_pretrained(
-                directory, dtype=dtype, attn_implementation="eager"
+                directory, dtype=dtype, attn_implementation="eager", **over
             )
-        with at_work(f"boot_transformers of {layout}, dtype={asked}"):
+        with at_work(f"boot_transformers of {layout}, dtype={asked}, {over}"):
             bridge = boot(adapter, directory, **named)
     truth = Subject(model, dict(model.named_parameters()), under_test=False)
     loaded: Any = bridge.original_model
@@ -125,7 +129,7 @@ def by_name(adapter: Adapter, case: Case) -> Iterator[Gap]:
         "training": (False, bridge.training or loaded.training),
         "cfg.dtype": (dtype, bridge.cfg.dtype),
         "cfg.n_ctx": (case.model.max_position_embeddings, bridge.cfg.n_ctx),
-        "config.clip_qkv": (case.model.clip_qkv, loaded.config.clip_qkv),
+        "config.clip_qkv": (model.config.clip_qkv, loaded.config.clip_qkv),
         "tied": (
             case.model.tie_word_embeddings,
             loaded.lm_head.weight is loaded.model.embed_tokens.weight,

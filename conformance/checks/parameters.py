@@ -85,6 +85,7 @@ def _casts(name: str) -> list[tuple[str, Callable[[Any], Any]]]:
         (f".to({name})", lambda module: module.to(dtype)),
         (f".to(dtype={name})", lambda module: module.to(dtype=dtype)),
         (f".to('cpu', {name})", lambda module: module.to("cpu", dtype)),
+        (f".to(a tensor of {name})", lambda module: module.to(torch.empty(1, dtype=dtype))),
     ]
 
 

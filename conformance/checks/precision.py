@@ -12,13 +12,16 @@ from hypothesis.strategies import SearchStrategy
 from transformers import DynamicCache
 
 from conformance.checks import gradients
+from conformance.checks.hooking import some_sites
 from conformance.checks.registry import Adapter, check
-from conformance.compare import Gap, compare_parameters, compare_tensors
+from conformance.checks.support import drawing, in_one_forward
+from conformance.compare import Gap, compare_parameters, compare_tensors, compare_values
 from conformance.inputs import inputs
-from conformance.observe import observe
-from conformance.spec import Case
+from conformance.observe import observe, sites_of
+from conformance.recorder import Recorder
+from conformance.spec import DTYPES, Case, Edit
 from conformance.strategies import cases, model_specs
-from conformance.subjects import Subject, at_work, bridged, reference
+from conformance.subjects import Subject, SubjectError, at_work, bridged, reference
 from conformance.tolerance import exactly
 
 
@@ -105,3 +108,48 @@ def cache(adapter: Adapter, case: Case) -> Iterator[Gap]:
             label = f"cache.{index}.{name}"
             gap = compare_tensors(label, tensor, getattr(got, name), exactly(tensor.dtype))
             yield from [gap] if gap else []
+
+
+class _Cast(Recorder):
+    """Leaves a site's tensor in another dtype."""
+
+    def __init__(self, site: str, dtype: torch.dtype) -> None:
+        self.site, self.dtype = site, dtype
+
+    def begin(self, case: Case) -> None:
+        """Edit the site."""
+        super().begin(case)
+        self.edits = {self.site: Edit(site=self.site)}
+
+    def edit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, cast if it is the site's."""
+        return tensor.to(self.dtype) if name == self.site else tensor
+
+
+@check(
+    "precision.returned",
+    "What a hook returns in another dtype than it was given has the effect that such a tensor has "
+    "in Hugging Face's model: an error, or its values and dtypes. Nothing is cast unsaid.",
+    cases,
+    examples=0.4,
+)
+def returned(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """One site, cast to a drawn dtype."""
+    case = in_one_forward(case)
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    every, draw = sites_of(subject, case), drawing(case)
+    # Not behind the clamp: what Hugging Face clamps in place keeps its dtype.
+    (site,) = some_sites(replace(subject, optional_hooks=()), case, 1)
+    name = [each for each in DTYPES if each != case.model.dtype][draw(3)]
+    look: dict[str, Any] = {"recorder": _Cast(site, getattr(torch, name)), "backward": False}
+    try:
+        expected = observe(reference(case.model), case, sites=every, **look)
+    except RuntimeError:
+        try:
+            observe(subject, case, sites=every, **look)
+        except SubjectError:
+            return
+        yield Gap(f"{site}, returned in {name}", "contract", "no error, as Hugging Face gives")
+        return
+    actual = observe(subject, case, sites=every, **look)
+    yield from compare_values(expected, actual, every)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
@@ -100,8 +101,8 @@ def _replay(
     "Under gradient checkpointing (reentrant off), forward hooks inside a block fire once more "
     "when the backward recomputes it, as far as it does, and the others once, both times with the "
     "reference's tensor; backward hooks fire once, in reverse order, with its gradient; an edit "
-    "acts in the recomputation too, reentrant or not, also where its hook is gone by then, or "
-    "behind a flag, or where one backward is of several forwards, each with hooks of its own.",
+    "acts in the recomputation too, reentrant or not, also where its hook is gone by then, and "
+    "not after an error there, or behind a flag, or where one backward is of several forwards, each with hooks of its own.",
     trained_cases,
     examples=0.4,
 )
@@ -123,6 +124,7 @@ def recomputed(adapter: Adapter, case: Case) -> Iterator[Gap]:
         if passing:
             yield from labelled("two forwards, one backward", _both(subject, case, plain))
             yield from labelled("hooks gone by then", _passing(subject, case, expected, plain))
+            yield from labelled("after a hook that fails then", _failing(subject, case))
         else:
             yield from _watched(subject, case, expected, plain, every, whole=whole)
 
@@ -199,6 +201,35 @@ def _passing(
     )
     yield from compare_gradients(expected, actual, plain)
     yield from compare_parameters(expected, actual)
+
+
+class _FaultError(Exception):
+    """What a hook raises when it is called in the backward."""
+
+
+def _failing(subject: Subject, case: Case) -> Iterator[Gap]:
+    """A hook that changes a forward and fails in its recomputation is on for neither any more."""
+    draw, data, calls = drawing(case), inputs(case), []
+    site = f"blocks.{draw(case.model.num_hidden_layers)}.{_FELT[draw(len(_FELT))]}"
+
+    def hook(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor:
+        calls.append(site)
+        if len(calls) == 2:
+            raise _FaultError
+        return -tensor
+
+    given = {"return_type": "logits", **options(subject, case)}
+    with at_work("a hook that fails in the backward"), suppress(_FaultError):
+        with started(subject, case):
+            run = bridge_of(subject).run_with_hooks
+            logits = run(data.tokens, fwd_hooks=[(site, hook)], **given)
+        logits.backward(data.probe.to(logits.dtype))
+    bridge_of(subject).zero_grad()
+    bare = replace(case, run=replace(case.run, edits=()))
+    due, got = (observe(each, bare) for each in (reference(case.model), subject))
+    gap = compare_tensors("logits", due.logits, got.logits, exactly(got.logits.dtype))
+    yield from [gap] if gap else []
+    yield from compare_parameters(due, got)
 
 
 def _perform(edit: Edit, tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor:

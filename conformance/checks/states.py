@@ -105,7 +105,7 @@ def _wrapped(bridge: Any, way: str) -> State:
     "states.loading",
     "A bridge takes a whole state dict under TransformerLens', Hugging Face's or its own wrapped "
     "model's names, copied or assigned, strictly, or inside of another module, and then is the "
-    "model that it came from.",
+    "model that it came from; what was frozen stays so.",
     cases,
     examples=0.4,
 )
@@ -141,6 +141,9 @@ def loading(adapter: Adapter, case: Case) -> Iterator[Gap]:
     stage = f" from {way}'s names, assign={assign}"
     given, trained = dict(state), subject.parameters["model.embed_tokens.weight"]
     trained.grad = kept = torch.ones_like(trained)
+    for number, parameter in enumerate(bridge.parameters()):
+        parameter.requires_grad_(bool((seed + number) % 3))
+    wanted = [parameter.requires_grad for parameter in bridge.parameters()]
     with at_work(f"load_state_dict{stage}"):
         result = holder.load_state_dict(state, assign=assign)
     for kind in ("missing_keys", "unexpected_keys"):
@@ -150,6 +153,8 @@ def loading(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield Gap(f"the state dict{stage}", "contract", "is not what it was")
     if not assign and trained.grad is not kept:
         yield Gap(f"gradients{stage}", "contract", "of copied weights are lost")
+    if [parameter.requires_grad for parameter in bridge.parameters()] != wanted:
+        yield Gap(f"requires_grad{stage}", "contract", "of a parameter has changed")
     trained.grad = None
     due = weights({name: each.detach() for name, each in truth.parameters.items()}, model)
     with at_work("reading the weights"):

@@ -233,7 +233,7 @@ def entrances(adapter: Adapter, case: Case) -> Iterator[Gap]:
         parameters = list(model.parameters())
         tokenizer = told.tokenizer() if case.run.token_seed % 2 else None
         with at_work("bridge(hf_model)"):
-            bridge = package.bridge(model, tokenizer)
+            bridge, twin = package.bridge(model, tokenizer), package.bridge(hf_model(case.model))
         if adapters != before:
             yield Gap("bridge(hf_model)", "contract", "has registered something")
         with at_work("register()"):
@@ -266,7 +266,11 @@ def entrances(adapter: Adapter, case: Case) -> Iterator[Gap]:
     if (bridge.cfg.dtype, where) != (parameters[0].dtype, parameters[0].device):
         said = f"says {bridge.cfg.dtype} on {bridge.cfg.device}"
         yield Gap("bridge(hf_model).cfg", "contract", said)
+    if bridge.cfg is twin.cfg:
+        yield Gap("bridge(hf_model).cfg", "contract", "is that of the bridge of another model")
     if tokenizer is not None:
+        if bridge.tokenizer.padding_side != told.own_side:
+            yield Gap("padding_side", "contract", f"is no longer the tokenizer's {told.own_side}")
         text, row = told.texts[0], told.rows()[0]
         with at_work("reading a text"):
             got = bridge.to_tokens(text, prepend_bos=told.prepend)[0].tolist()

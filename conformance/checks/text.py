@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -31,19 +32,21 @@ from conformance.tolerance import of_loss
     "text.tokens",
     "to_tokens, to_string, to_str_tokens, to_single_token, to_single_str_token and "
     "get_token_position say what the tokenizer file says: BOS or none, padding on either side, "
-    "truncation, one text or several.",
+    "truncation, one text or several; a tokenizer or default of BOS that is set later counts.",
     text_cases,
     examples=0.4,
 )
 def tokens(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """No model is run. An END that a tokenizer appends is taken off again: a text goes on."""
     told = script(case)
-    yield from labelled(told.label, _tokens(adapter, case, told))
+    bridge: Any = bridged(case.model, adapter, tokenizer=told.tokenizer()).bridge
+    yield from labelled(told.label, _tokens(bridge, case, told))
+    side = "right" if told.own_side == "left" else "left"
+    other = replace(told, own_side=side, side=None, prepend=None)
+    yield from labelled(other.label, _set_later(bridge, other))
 
 
-def _tokens(adapter: Adapter, case: Case, told: Script) -> Iterator[Gap]:
-    subject = bridged(case.model, adapter, tokenizer=told.tokenizer())
-    bridge: Any = subject.bridge
+def _tokens(bridge: Any, case: Case, told: Script) -> Iterator[Gap]:
     draw = Random(case.run.token_seed)
     truncate = draw.choice((True, False))
     rows = told.rows(truncate=truncate)
@@ -72,6 +75,17 @@ def _tokens(adapter: Adapter, case: Case, told: Script) -> Iterator[Gap]:
     for name, (said, got) in pairs.items():
         yield from same(name, said, got)
     yield from _positions(bridge, told, rows[0])
+
+
+def _set_later(bridge: Any, told: Script) -> Iterator[Gap]:
+    """A tokenizer that pads on the other side, and then no BOS by default."""
+    bridge.tokenizer = told.tokenizer()
+    for prepend in (None, False):
+        due = padded(replace(told, prepend=prepend).rows(), left=told.left)[0]
+        with at_work("to_tokens by what has been set since"):
+            bridge.cfg.default_prepend_bos = prepend is None
+            got = bridge.to_tokens(list(told.texts))
+        yield from same(f"to_tokens of a tokenizer set later, {prepend=}", due, got)
 
 
 def _positions(bridge: Any, told: Script, row: list[int]) -> Iterator[Gap]:

@@ -77,10 +77,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Step:
-    """What a step of training came to: its losses, a micro-batch each, and the weights after it."""
+    """What a step of training came to: its losses, a micro-batch each, and the weights after it.
+
+    And which weights still have a gradient, if only of zeros, when it has been cleared.
+    """
 
     losses: tuple[torch.Tensor, ...]
     weights: dict[str, torch.Tensor]
+    cleared: dict[str, bool]
 
 
 def _batch_loss(subject: Subject, case: Case) -> torch.Tensor:
@@ -123,7 +127,8 @@ def _train(subject: Subject, case: Case, steps: int, micro_batches: int = 1) -> 
         optimizer.step()
         module.zero_grad(set_to_none=bool(case.run.token_seed % 2))
         weights = {name: weight.detach().clone() for name, weight in subject.parameters.items()}
-        seen.append(_Step(tuple(loss.detach() for loss in losses), weights))
+        cleared = {name: weight.grad is not None for name, weight in subject.parameters.items()}
+        seen.append(_Step(tuple(loss.detach() for loss in losses), weights, cleared))
     return seen
 
 
@@ -137,6 +142,9 @@ def _apart(expected: list[_Step], actual: list[_Step]) -> Iterator[Gap]:
         ]
         for name, weight in due.weights.items():
             gaps += bitwise(name, weight, got.weights[name])
+        if due.cleared != got.cleared:
+            wrong = sorted(name for name in due.cleared if due.cleared[name] != got.cleared[name])
+            gaps.append(Gap("zero_grad()", "contract", f"leaves None or zeros in {wrong}"))
         if gaps:
             yield from labelled(f"step {index}", gaps)
             return
