@@ -11,6 +11,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from conformance.checks.hook_order import Chain
 from conformance.checks.hooking import (
     Log,
     attached,
@@ -22,7 +23,6 @@ from conformance.checks.hooking import (
     some_sites,
     value_gaps,
 )
-from conformance.checks.hook_order import Chain
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import drawing, in_one_forward, some_positions
 from conformance.compare import Gap, compare_parameters, compare_tensors

@@ -118,10 +118,9 @@ def _both_gaps(adapter: Adapter, case: Case) -> Iterator[Gap]:
         both = projected(*edits)
     except SubjectError:
         return  # refused
-    told = {f"the edit at {read}": (first, none, second), f"the one at {gate}": (second, none, first)}
-    for dropped, (kept, bare, alone) in told.items():
-        if torch.equal(both, kept) and not torch.equal(bare, alone):
-            yield Gap(shown, "contract", f"of two edits, {dropped} is dropped")
+    for dropped, alone, other in ((read, second, first), (gate, first, second)):
+        if torch.equal(both, other) and not torch.equal(none, alone):
+            yield Gap(shown, "contract", f"of two edits, the one at {dropped} is dropped")
 
 
 @check(

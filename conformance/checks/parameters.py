@@ -94,7 +94,7 @@ def _casts(name: str) -> list[tuple[str, Callable[[Any], Any]]]:
     "After any way of casting, of a bridge or of its deep copy, the accessors are Hugging Face's "
     "tensors cast, every configuration tells the dtype, and the logits are those of its own cast.",
     cases,
-    examples=0.25,
+    examples=0.35,
 )
 def cast(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The way and the dtype are derived from the case; a copy leaves the original as it was."""

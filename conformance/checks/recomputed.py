@@ -101,8 +101,9 @@ def _replay(
     "Under gradient checkpointing (reentrant off), forward hooks inside a block fire once more "
     "when the backward recomputes it, as far as it does, and the others once, both times with the "
     "reference's tensor; backward hooks fire once, in reverse order, with its gradient; an edit "
-    "acts in the recomputation too, reentrant or not, also where its hook is gone by then, and "
-    "not after an error there, or behind a flag, or where one backward is of several forwards, each with hooks of its own.",
+    "acts in the recomputation too, reentrant or not, also where its hook is gone by then, or "
+    "behind a flag, or where one backward is of several forwards, each with hooks of its own; an "
+    "error there leaves none of them on.",
     trained_cases,
     examples=0.4,
 )

@@ -216,7 +216,7 @@ def _package(adapter: Adapter) -> ModuleType:
     "one, and registers nothing; after its register(), once or twice, and not before, "
     "transformer_lens builds every OLMo with this adapter.",
     lambda: cases(models=model_specs(ties=st.sampled_from((False, True)))),
-    examples=0.1,
+    examples=0.2,
 )
 def entrances(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The registry belongs to the process: it is put back."""
@@ -231,7 +231,7 @@ def entrances(adapter: Adapter, case: Case) -> Iterator[Gap]:
         bridged(case.model, adapter, prepared=case.run.prepared)
         model, told = hf_model(case.model), script(case)
         parameters = list(model.parameters())
-        tokenizer = told.tokenizer() if case.run.token_seed % 2 else None
+        tokenizer = told.tokenizer() if case.run.token_seed % 4 else None
         with at_work("bridge(hf_model)"):
             bridge, twin = package.bridge(model, tokenizer), package.bridge(hf_model(case.model))
         if adapters != before:
