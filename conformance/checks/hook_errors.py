@@ -186,7 +186,7 @@ def exceptions(adapter: Adapter, case: Case) -> Iterator[Gap]:
     with started(subject, case):
         yield from _tried(_Trial(subject, case, site), case)
     yield from changes(before, attached(subject), "afterwards")
-    if level := bridge_of(subject).context_level:
+    if level := getattr(bridge_of(subject), "context_level", 0):  # 3.0 to 3.6 keep none
         yield Gap("context_level", "contract", f"is {level} with no context open")
     for parameter in subject.parameters.values():
         parameter.grad = None

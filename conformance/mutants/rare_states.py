@@ -259,14 +259,14 @@ def _(_original: Any) -> Any:
 
 
 @of_point(
-    "precision.cast_back", "a return in another dtype", "precision.returned", attribute="__call__"
+    "precision.passed_over", "a return in another dtype", "precision.returned", attribute="__call__"
 )
 def _(original: Any) -> Any:
-    """What a hook returns in another dtype is cast to that of its site."""
+    """What a hook returns in another dtype is passed over."""
 
     def call(self: Any, x: Any) -> Any:
         shown = original(self, x)
-        return shown.to(x.dtype) if isinstance(shown, torch.Tensor) else shown
+        return shown if getattr(shown, "dtype", None) == x.dtype else x
 
     return call
 
