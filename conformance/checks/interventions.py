@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any, cast
 
 import torch
 from hypothesis import strategies as st
@@ -228,6 +229,24 @@ def _expanded(x: torch.Tensor, seed: int) -> torch.Tensor:
 _LAYOUTS = (_reordered, _cut_out, _expanded)
 
 
+class _Straight(torch.autograd.Function):
+    """The same tensor, whose gradient flows on as one that is contiguous.
+
+    How the sum of two gradients lies in memory is a matter of which is added to which, and how a
+    sum along an axis is rounded is one of how that lies.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as it lies."""
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """The gradient, laid straight."""
+        return gradient.contiguous()
+
+
 class _Laid(Recorder):
     """Leaves a tensor of a drawn layout at every site.
 
@@ -250,7 +269,8 @@ class _Laid(Recorder):
             return tensor
         lay, seed = self._ways[name]
         # A copy: how a product is rounded also depends on where in memory its factors begin.
-        return lay(tensor.clone(memory_format=torch.contiguous_format), seed)
+        laid = lay(tensor.clone(memory_format=torch.contiguous_format), seed)
+        return cast(torch.Tensor, _Straight.apply(laid))  # type: ignore[no-untyped-call]
 
 
 @check(

@@ -146,8 +146,9 @@ def processed(adapter: Adapter, case: Case) -> Iterator[Gap]:
     with quiet():  # a second processing is refused, and says so
         process(subject, replace(case, run=replace(case.run, processing=PROCESSING)))
     with at_work("reading the weights after a second processing"):
-        again = {name: None if t is None else t.detach() for name, t in read(bridge, model).items()}
-    for gap in exact_gaps(kept, _whole(again, case)):
+        raw = {name: None if t is None else t.detach() for name, t in read(bridge, model).items()}
+    again = _whole(raw, case)
+    for gap in exact_gaps(kept, again):
         yield replace(gap, site=f"{gap.site} after a second processing")
     if draw(3) == 0:
         other = torch.float32 if dtype is torch.float64 else torch.float64
@@ -156,7 +157,7 @@ def processed(adapter: Adapter, case: Case) -> Iterator[Gap]:
             moved = {
                 name: None if t is None else t.detach() for name, t in read(bridge, model).items()
             }
-        for gap in exact_gaps({n: t.to(other) for n, t in kept.items()}, _whole(moved, case)):
+        for gap in exact_gaps({n: t.to(other) for n, t in again.items()}, _whole(moved, case)):
             yield replace(gap, site=f"{gap.site} after a cast of processed weights")
 
 
