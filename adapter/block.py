@@ -19,14 +19,19 @@ class OlmoBlockBridge(BlockBridge):
     their owner.
     """
 
+    _runs = False
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block on the residual stream ``[batch, pos, d_model]``."""
-        captured = self.attn._captured_pre_ln_residual  # of a forward whose hook runs this one
+        # Of a forward whose hook runs this one.
+        captured, runs = self.attn._captured_pre_ln_residual, self._runs
+        vars(self)["_runs"] = True
         try:
             with same_hooks_again(self, self.original_component):
                 return super().forward(*args, **kwargs)
         finally:
             self.attn._captured_pre_ln_residual = captured
+            vars(self)["_runs"] = runs
 
     def _check_stop_at_layer(self, *args: Any, **kwargs: Any) -> None:
         """Stop with a tensor of the caller's own: hooks may keep the one that they have seen."""
@@ -48,8 +53,12 @@ class OlmoBlockBridge(BlockBridge):
         self._capture_hooks_wired = True
 
     def _capture_residual(self, _module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        """Keep the residual stream that attention forks per head, ``[batch, pos, d_model]``."""
-        if self.attn.forks_input and self.attn._captured_pre_ln_residual is None:
+        """Keep the residual stream that attention forks per head, ``[batch, pos, d_model]``.
+
+        In a forward under no flag as well: a hook between here and there may turn one on.
+        """
+        wanted = self._runs or self.attn.forks_input
+        if wanted and self.attn._captured_pre_ln_residual is None:
             self.attn._captured_pre_ln_residual = args[0]
 
     def _fire_mlp_in(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,12 +29,21 @@ class _OnRoute:
         self._point, self._hook = point, hook
 
     def __repr__(self) -> str:
-        return repr(self._hook)  # TransformerLens names PyTorch's hook after it
+        # TransformerLens names PyTorch's hook after it, and what a partial holds may be large.
+        hook = self._hook
+        return f"partial({hook.func!r},...)" if isinstance(hook, partial) else repr(hook)
 
     def __call__(self, tensor: torch.Tensor, hook: Any) -> Any:
         returned = self._hook(tensor, hook=hook)
         viewed = returned is None and self._point.hook_conversion is not None
         return tensor if viewed and tensor.requires_grad else returned
+
+
+def _same_hook(handle: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a handle. The hook itself is the user's, and no part of what is copied."""
+    twin = copy.copy(handle)
+    twin.hook = copy.deepcopy(handle.hook, memo)
+    return twin
 
 
 class OlmoHookPoint(HookPoint):
@@ -66,6 +76,7 @@ class OlmoHookPoint(HookPoint):
         """Add a hook as TransformerLens does; what a forward hook sees is on the gradient's way."""
         given: Any = _OnRoute(self, hook) if dir == "fwd" else hook
         super().add_hook(given, dir, is_permanent, level, prepend, alias_names)
+        # Before 4.3 it is not returned.
         handle: Any = (self.fwd_hooks if dir == "fwd" else self.bwd_hooks)[0 if prepend else -1]
         handle.user_hook, handle.alias_names = hook, alias_names
         return handle
@@ -94,11 +105,11 @@ class OlmoHookPoint(HookPoint):
         TransformerLens copies a whole block, most of which is hook points, for every layer.
         """
         new = memo[id(self)] = type(self).__new__(type(self))
-        for handle in (*self.fwd_hooks, *self.bwd_hooks):
-            memo[id(handle.user_hook)] = handle.user_hook  # a function of the user's, not a part
         state = self.__getstate__()  # type: ignore[no-untyped-call]
         for name, value in state.items():
-            if type(value) in _HOLDERS and not value:
+            if name in ("fwd_hooks", "bwd_hooks"):
+                state[name] = [_same_hook(handle, memo) for handle in value]
+            elif type(value) in _HOLDERS and not value:
                 # The handles of hooks refer to these too.
                 state[name] = memo.setdefault(id(value), type(value)())
             elif type(value) not in _BARE:
@@ -109,12 +120,12 @@ class OlmoHookPoint(HookPoint):
         return new
 
     def _take_over(self, dir: str, handles: list[Any], hooks: dict[int, Any]) -> None:
-        """Be the hook point that hooks which came along in a copy are given, with its ``ctx``."""
+        """Register copied hooks anew, so that they are given this hook point and its ``ctx``."""
         for handle in list(handles):
-            if handle.hook.id in hooks:
-                alias_names = getattr(handle, "alias_names", None)
-                again = self.add_hook(handle.user_hook, dir, alias_names=alias_names)
+            if handle.hook.id in hooks:  # else it was taken off by PyTorch's own means
+                again = self.add_hook(handle.user_hook, dir, alias_names=handle.alias_names)
                 handles.remove(again)
+                # Under its old number it keeps its turn, and its handle takes it off.
                 hooks[handle.hook.id] = hooks.pop(again.hook.id)
 
     def register_full_backward_hook(

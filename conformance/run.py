@@ -12,10 +12,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, Verbosity, settings
+from hypothesis.errors import FlakyFailure
 from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 
 from conformance.checks import REGISTRY, Check
 from conformance.checks.registry import Adapter, adapter_name
+from conformance.compare import Gap
 from conformance.database import chosen_database
 from conformance.defects import Known
 from conformance.draws import drawing
@@ -156,8 +158,23 @@ def run_check(
         verdict = trial.verdict()
     except ConformanceError as error:
         verdict = replace(error.verdict, known=trial.told)
+    except FlakyFailure as error:
+        verdict = replace(_once_only(error), known=trial.told)
     seconds = time.perf_counter() - start
     return replace(verdict, examples=trial.examples, seconds=seconds)
+
+
+def _once_only(flaky: FlakyFailure) -> Verdict:
+    """The verdict on a case that has failed in one run, and not in the next.
+
+    Raises:
+        FlakyFailure: If it is not the adapter that has.
+    """
+    for error in flaky.exceptions:
+        if isinstance(error, ConformanceError):
+            more = Gap("the same case again", "contract", "it fails in one run and not in the next")
+            return replace(error.verdict, gaps=(*error.verdict.gaps, more))
+    raise flaky
 
 
 def check_adapter(

@@ -120,3 +120,21 @@ def test_hooks_of_a_copy_are_given_its_own_hook_points(alias_names: list[str] | 
     twin.reset_hooks()
     assert not twin.hook_dict[name].has_hooks()
     assert bridge.hook_dict[name].has_hooks()
+
+
+class Probe(torch.nn.Linear):
+    """A module that is a hook as well."""
+
+    def __call__(self, tensor: torch.Tensor, hook: Any = None) -> Any:
+        return super().__call__(tensor) if hook is None else None
+
+
+def test_a_module_that_is_a_hook_is_copied_as_any_module() -> None:
+    bridge, name = models.bridged(models.olmo()), "blocks.0.hook_out"
+    probe = bridge.probe = Probe(2, 2)
+    bridge.hook_dict[name].add_hook(probe)
+    bridge.again = probe
+    twin = copy.deepcopy(bridge)
+    assert twin.probe is twin.again
+    assert twin.probe is not probe
+    assert twin.hook_dict[name].fwd_hooks[0].user_hook is probe

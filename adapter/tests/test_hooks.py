@@ -135,6 +135,23 @@ def test_per_head_copies_reach_their_own_head_only() -> None:
     assert same(edited["blocks.0.attn.hook_q"], plain["blocks.0.attn.hook_q"])
 
 
+@pytest.mark.parametrize("site", ["ln1.hook_in", "ln1.hook_out", "attn.hook_in"])
+def test_heads_read_the_stream_also_where_a_hook_turns_the_flag_on(site: str) -> None:
+    bridge = models.bridged(models.olmo())
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(tensor: Any, hook: Any) -> None:
+        seen[hook.name] = tensor
+
+    names = "blocks.0.hook_in", "blocks.0.attn.hook_q_input"
+    for name in names:
+        bridge.hook_dict[name].add_hook(keep)
+    turn = (f"blocks.0.{site}", lambda tensor, hook: bridge.set_use_split_qkv_input(True))
+    bridge.run_with_hooks(TOKENS, fwd_hooks=[turn])
+    stream, heads = (seen[name] for name in names)
+    assert same(heads, stream.unsqueeze(2).expand_as(heads))
+
+
 def test_attn_in_reaches_the_key_value_head_of_its_group() -> None:
     bridge = flagged(models.bridged(models.olmo(num_key_value_heads=2)), "use_attn_in")
 

@@ -58,6 +58,7 @@ def truth(adapter: Adapter, case: Case) -> Iterator[Gap]:
     yield from gaps
     if not gaps and case.run.token_seed % 2:
         bridge = bridge_of(subject)
+        # Value biases cannot always be folded; compatibility.value_biases asks when.
         with at_work("enable_compatibility_mode"), quiet():
             bridge.enable_compatibility_mode(disable_warnings=True, fold_value_biases=False)
             tied = bridge.unembed.W_U.data_ptr() == bridge.embed.W_E.data_ptr()

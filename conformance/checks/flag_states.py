@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations
@@ -98,15 +99,16 @@ def _wrapped_gaps(adapter: Adapter, case: Case) -> Iterator[Gap]:
 
 def _both_gaps(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """An edit behind a flag, and one of what the projection behind it reads: neither is dropped."""
-    draw, flags = drawing(case), ("use_split_qkv_input",)
-    block = draw(case.model.num_hidden_layers)
+    draw = drawing(case)
+    flag, letter, gated = _READERS[1:][draw(3)]  # not what heads write: nothing reads that
+    attention = f"blocks.{draw(case.model.num_hidden_layers)}.attn"
     gate, read, shown = (
-        f"blocks.{block}.attn.{name}" for name in ("hook_v_input", "v.hook_in", "v.hook_out")
+        f"{attention}.{name}" for name in (gated, f"{letter}.hook_in", f"{letter}.hook_out")
     )
     edits = [Edit(site=gate, kind="noise", seed=draw(2**16)), Edit(site=read, kind="scale", seed=3)]
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
-    turn(subject, flags, True)
-    every = {**sites_of(subject, case), **behind_flags(case.model, flags)}
+    turn(subject, (flag,), True)
+    every = {**sites_of(subject, case), **behind_flags(case.model, (flag,))}
     sites = {name: every[name] for name in (gate, read, shown)}
 
     def projected(*made: Edit) -> torch.Tensor:
@@ -116,8 +118,10 @@ def _both_gaps(adapter: Adapter, case: Case) -> Iterator[Gap]:
     none, first, second = projected(), projected(edits[0]), projected(edits[1])
     try:
         both = projected(*edits)
-    except SubjectError:
-        return  # refused
+    except SubjectError as error:
+        if not re.search(rf"\b{letter}(_proj)?\b", str(error)):
+            raise  # no refusal: it does not say of what
+        return
     for dropped, alone, other in ((read, second, first), (gate, first, second)):
         if torch.equal(both, other) and not torch.equal(none, alone):
             yield Gap(shown, "contract", f"of two edits, the one at {dropped} is dropped")
@@ -127,8 +131,8 @@ def _both_gaps(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "flags.refused",
     "Asking for use_attn_in and use_split_qkv_input together is refused with an error that names "
     "both, and leaves the flags, hooks and logits as they were. An edit behind a flag that needs "
-    "the weight of a projection that computes more than that, or beside one of what a projection "
-    "reads, is refused or takes account of it.",
+    "the weight of a projection that computes more than that, is refused or takes account of it. "
+    "Edits both behind a flag and of what the projection reads are both felt, or refused.",
     cases,
     examples=0.15,
 )

@@ -11,9 +11,10 @@ from transformer_lens.hook_points import HookPoint
 from conformance.checks.hooking import Log, attached, changes, settle
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import bridge_of, drawing, in_one_forward
-from conformance.compare import Gap, compare_tensors
+from conformance.compare import Gap, compare_tensors, labelled
 from conformance.inputs import inputs
 from conformance.observe import observe, options, sites_of, started
+from conformance.recorder import Tensors
 from conformance.sites import behind_flags
 from conformance.spec import Case, ModelSpec
 from conformance.strategies import cases
@@ -22,6 +23,13 @@ from conformance.tolerance import Allowance, exactly, of_head_product, of_sum_by
 
 FORKS = ((), ("use_split_qkv_input",), ("use_attn_in",))  # not both at once
 _SOURCES = {"hook_mlp_in": "ln2.hook_in", "hook_result": "attn.o.hook_in"}
+# Sites of a block that come before the hooks of a flag.
+_EARLIER = {
+    "use_attn_result": ("hook_in", "ln1.hook_out", "attn.v.hook_out"),
+    "use_split_qkv_input": ("hook_in", "ln1.hook_in", "ln1.hook_out", "attn.hook_in"),
+    "use_attn_in": ("hook_in", "ln1.hook_in", "ln1.hook_out", "attn.hook_in"),
+    "use_hook_mlp_in": ("hook_in", "attn.hook_in", "attn.hook_out"),
+}
 OTHERS = ((), ("use_attn_result",), ("use_hook_mlp_in",), ("use_attn_result", "use_hook_mlp_in"))
 
 
@@ -107,34 +115,38 @@ def gated(adapter: Adapter, case: Case) -> Iterator[Gap]:
                 yield Gap(name, "count", f"fired {len(shown)} times instead of {due}, {when}")
             elif shown:
                 yield from _right(truth, case.model, name, log, values[_source(name)])
-    yield from _midway(subject, case)
+    yield from _midway(subject, case, truth, values)
 
 
-def _midway(subject: Subject, case: Case) -> Iterator[Gap]:
-    """A hook turns a flag on or off: that counts for the blocks that are still to come."""
-    bridge, log, blocks = bridge_of(subject), Log(), case.model.num_hidden_layers
-    draw = drawing(case)
-    turned_on, at = bool(draw(2)), draw(blocks)
+def _midway(subject: Subject, case: Case, truth: Subject, values: Tensors) -> Iterator[Gap]:
+    """A hook turns a flag on or off: that counts for what is still to come, and in full."""
+    bridge, log, draw = bridge_of(subject), Log(), drawing(case)
+    flag = sorted(_EARLIER)[draw(len(_EARLIER))]
+    turned_on, at = bool(draw(2)), draw(case.model.num_hidden_layers)
+    site = f"blocks.{at}.{_EARLIER[flag][draw(len(_EARLIER[flag]))]}"
+    rows = behind_flags(case.model, (flag,))
+    what = f"when a hook at {site} turns {flag} {'on' if turned_on else 'off'}"
 
     def switch(tensor: torch.Tensor, hook: HookPoint) -> None:
-        bridge.set_use_attn_result(turned_on)
+        getattr(bridge, f"set_{flag}")(turned_on)
 
-    with at_work("a forward whose hook turns use_attn_result on or off"):
-        bridge.set_use_attn_result(True)  # else its hooks are refused
-        for block in range(blocks):
-            point = bridge.hook_dict[f"blocks.{block}.attn.hook_result"]
-            point.add_hook(log.listener(str(block)))
-        bridge.set_use_attn_result(not turned_on)
-        bridge.hook_dict[f"blocks.{at}.hook_in"].add_hook(switch)
+    with at_work(f"a forward {what}"):
+        getattr(bridge, f"set_{flag}")(not turned_on)
+        bridge.hook_dict[site].add_hook(switch)
+        for name in {*rows, *map(_source, rows)}:
+            bridge.hook_dict[name].add_hook(log.listener(name))
         try:
             _forward(subject, case)
         finally:
             bridge.reset_hooks()
-            bridge.set_use_attn_result(False)
-    due = [str(block) for block in range(blocks) if (block >= at) == turned_on]
-    if log.order != due:
-        told = f"{'on' if turned_on else 'off'} from block {at}: fired in {log.order}, not {due}"
-        yield Gap("blocks.*.attn.hook_result", "count", told)
+            getattr(bridge, f"set_{flag}")(False)
+    for name in rows:
+        shown, due = len(log.tensors[name]), (int(name.split(".")[1]) >= at) == turned_on
+        if shown != due:
+            yield Gap(name, "count", f"fired {shown} times instead of {int(due)}, {what}")
+        elif shown:
+            gaps = _right(truth, case.model, name, log, values[_source(name)])
+            yield from labelled(what, gaps)
 
 
 def _right(

@@ -144,7 +144,8 @@ def settled_cases() -> SearchStrategy[Case]:
 @check(
     "generation.leaves_nothing",
     "A generation, one that a hook's error ends and a stream that is abandoned leave modes, hooks, "
-    "configurations, the random state and the user's tensors as they were, and no cache.",
+    "configurations, the random state, what hooks keep in hook.ctx and the user's tensors as they "
+    "were, and no cache.",
     settled_cases,
     examples=0.15,
 )

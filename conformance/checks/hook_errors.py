@@ -168,7 +168,7 @@ def _tried(trial: _Trial, case: Case) -> Iterator[Gap]:
     "hook_api.exceptions",
     "An exception in a forward hook, a backward hook or the model, under any of the calls, and a "
     "call that is refused, reach the caller and leave no hook of theirs behind, take none of the "
-    "user's away, and change neither logits nor gradients afterwards.",
+    "user's away, and change neither context_level nor logits nor gradients afterwards.",
     cases,
     examples=0.6,
 )

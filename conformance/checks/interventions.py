@@ -229,22 +229,24 @@ def _expanded(x: torch.Tensor, seed: int) -> torch.Tensor:
 _LAYOUTS = (_reordered, _cut_out, _expanded)
 
 
-class _Straight(torch.autograd.Function):
-    """The same tensor, whose gradient flows on as one that is contiguous.
+class _LaidGradient(torch.autograd.Function):
+    """The same tensor, whose gradient flows on in a layout of its own.
 
-    How the sum of two gradients lies in memory is a matter of which is added to which, and how a
-    sum along an axis is rounded is one of how that lies.
+    Which of two gradients is added to the other decides how their sum lies in memory, and that
+    decides how a later sum along an axis is rounded; neither is promised.
     """
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tensor: torch.Tensor, seed: int) -> torch.Tensor:
         """The tensor as it lies."""
+        ctx.seed = seed
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient, laid straight."""
-        return gradient.contiguous()
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """The gradient in the drawn layout, whatever its own was."""
+        lay = (_reordered, _cut_out)[ctx.seed % 2]
+        return lay(gradient.clone(memory_format=torch.contiguous_format), ctx.seed // 2), None
 
 
 class _Laid(Recorder):
@@ -270,7 +272,7 @@ class _Laid(Recorder):
         lay, seed = self._ways[name]
         # A copy: how a product is rounded also depends on where in memory its factors begin.
         laid = lay(tensor.clone(memory_format=torch.contiguous_format), seed)
-        return cast(torch.Tensor, _Straight.apply(laid))  # type: ignore[no-untyped-call]
+        return cast(torch.Tensor, _LaidGradient.apply(laid, seed))  # type: ignore[no-untyped-call]
 
 
 @check(

@@ -108,7 +108,7 @@ def by_name(adapter: Adapter, case: Case) -> Iterator[Gap]:
             model = OlmoForCausalLM.from_pretrained(
                 directory, dtype=dtype, attn_implementation="eager", **over
             )
-        with at_work(f"boot_transformers of {layout}, dtype={asked}, {over}"):
+        with at_work(f"boot_transformers of {layout}, dtype={asked}, overrides={over}"):
             bridge = boot(adapter, directory, **named)
     truth = Subject(model, dict(model.named_parameters()), under_test=False)
     loaded: Any = bridge.original_model
@@ -129,7 +129,7 @@ def by_name(adapter: Adapter, case: Case) -> Iterator[Gap]:
         "training": (False, bridge.training or loaded.training),
         "cfg.dtype": (dtype, bridge.cfg.dtype),
         "cfg.n_ctx": (case.model.max_position_embeddings, bridge.cfg.n_ctx),
-        "config.clip_qkv": (model.config.clip_qkv, loaded.config.clip_qkv),
+        "config.clip_qkv": (over.get("clip_qkv", case.model.clip_qkv), loaded.config.clip_qkv),
         "tied": (
             case.model.tie_word_embeddings,
             loaded.lm_head.weight is loaded.model.embed_tokens.weight,

@@ -112,7 +112,7 @@ def cache(adapter: Adapter, case: Case) -> Iterator[Gap]:
 
 
 class _Cast(Recorder):
-    """Leaves a site's tensor in another dtype, or cast to that and back."""
+    """Leaves half of a site's tensor in another dtype, or cast to that and back."""
 
     def __init__(self, site: str, dtype: torch.dtype, *, back: bool = False) -> None:
         self.site, self.dtype, self.back = site, dtype, back
@@ -123,10 +123,10 @@ class _Cast(Recorder):
         self.edits = {self.site: Edit(site=self.site)}
 
     def edit(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor, cast if it is the site's."""
+        """The tensor, or what is left of it if it is the site's: halving rounds nothing."""
         if name != self.site:
             return tensor
-        cast = tensor.to(self.dtype)
+        cast = (tensor / 2).to(self.dtype)
         return cast.to(tensor.dtype) if self.back else cast
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
@@ -125,7 +124,7 @@ def recomputed(adapter: Adapter, case: Case) -> Iterator[Gap]:
         if passing:
             yield from labelled("two forwards, one backward", _both(subject, case, plain))
             yield from labelled("hooks gone by then", _passing(subject, case, expected, plain))
-            yield from labelled("after a hook that fails then", _failing(subject, case))
+            yield from labelled("a hook that fails in the backward", _failing(subject, case))
         else:
             yield from _watched(subject, case, expected, plain, every, whole=whole)
 
@@ -209,7 +208,7 @@ class _FaultError(Exception):
 
 
 def _failing(subject: Subject, case: Case) -> Iterator[Gap]:
-    """A hook that changes a forward and fails in its recomputation is on for neither any more."""
+    """A hook that changes a forward and fails in its recomputation: the caller hears of it."""
     draw, data, calls = drawing(case), inputs(case), []
     site = f"blocks.{draw(case.model.num_hidden_layers)}.{_FELT[draw(len(_FELT))]}"
 
@@ -220,12 +219,17 @@ def _failing(subject: Subject, case: Case) -> Iterator[Gap]:
         return -tensor
 
     given = {"return_type": "logits", **options(subject, case)}
-    with at_work("a hook that fails in the backward"), suppress(_FaultError):
+    with at_work("a hook that fails in the backward"):
         with started(subject, case):
             run = bridge_of(subject).run_with_hooks
             logits = run(data.tokens, fwd_hooks=[(site, hook)], **given)
-        logits.backward(data.probe.to(logits.dtype))
+        try:
+            logits.backward(data.probe.to(logits.dtype))
+        except _FaultError:
+            calls.append("heard of")
     bridge_of(subject).zero_grad()
+    if calls != [site, site, "heard of"]:
+        yield Gap(site, "count", f"called {calls.count(site)} times, or its error is not heard of")
     bare = replace(case, run=replace(case.run, edits=()))
     due, got = (observe(each, bare) for each in (reference(case.model), subject))
     gap = compare_tensors("logits", due.logits, got.logits, exactly(got.logits.dtype))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from conformance.checks.forward import logits_gap
+from conformance.checks.parameters import WRAPPED
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import exact_gaps
 from conformance.checks.weights import accessor_gaps, read
@@ -143,7 +144,7 @@ def loading(adapter: Adapter, case: Case) -> Iterator[Gap]:
     trained.grad = kept = torch.ones_like(trained)
     for number, parameter in enumerate(bridge.parameters()):
         parameter.requires_grad_(bool((seed + number) % 3))
-    wanted = [parameter.requires_grad for parameter in bridge.parameters()]
+    wanted = {name: parameter.requires_grad for name, parameter in bridge.named_parameters()}
     with at_work(f"load_state_dict{stage}"):
         result = holder.load_state_dict(state, assign=assign)
     for kind in ("missing_keys", "unexpected_keys"):
@@ -153,8 +154,10 @@ def loading(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield Gap(f"the state dict{stage}", "contract", "is not what it was")
     if not assign and trained.grad is not kept:
         yield Gap(f"gradients{stage}", "contract", "of copied weights are lost")
-    if [parameter.requires_grad for parameter in bridge.parameters()] != wanted:
-        yield Gap(f"requires_grad{stage}", "contract", "of a parameter has changed")
+    for name, parameter in bridge.named_parameters():
+        if wanted.get(name, parameter.requires_grad) != parameter.requires_grad:
+            told = f"requires_grad of {name.replace(WRAPPED, '')}{stage}"
+            yield Gap(told, "contract", f"is {parameter.requires_grad} now")
     trained.grad = None
     due = weights({name: each.detach() for name, each in truth.parameters.items()}, model)
     with at_work("reading the weights"):

@@ -213,8 +213,9 @@ def _package(adapter: Adapter) -> ModuleType:
 @check(
     "surface.entrances",
     "The package's bridge(hf_model) wraps that very model, exactly, with a tokenizer if there is "
-    "one, and registers nothing; after its register(), once or twice, and not before, "
-    "transformer_lens builds every OLMo with this adapter.",
+    "one, whose padding side stays, with a cfg of its own, and registers nothing; after its "
+    "register(), once or twice, and not before, transformer_lens builds every OLMo with this "
+    "adapter.",
     lambda: cases(models=model_specs(ties=st.sampled_from((False, True)))),
     examples=0.2,
 )

@@ -13,6 +13,7 @@ import torch
 from conformance.checks.registry import Adapter, check
 from conformance.checks.script import (
     END,
+    TOKENIZERS,
     Script,
     decoded,
     ids,
@@ -42,7 +43,9 @@ def tokens(adapter: Adapter, case: Case) -> Iterator[Gap]:
     bridge: Any = bridged(case.model, adapter, tokenizer=told.tokenizer()).bridge
     yield from labelled(told.label, _tokens(bridge, case, told))
     side = "right" if told.own_side == "left" else "left"
-    other = replace(told, own_side=side, side=None, prepend=None)
+    setups = sorted(TOKENIZERS)
+    setup = setups[(setups.index(told.setup) + 1) % len(setups)]
+    other = replace(told, setup=setup, own_side=side, side=None, prepend=None)
     yield from labelled(other.label, _set_later(bridge, other))
 
 
@@ -78,7 +81,7 @@ def _tokens(bridge: Any, case: Case, told: Script) -> Iterator[Gap]:
 
 
 def _set_later(bridge: Any, told: Script) -> Iterator[Gap]:
-    """A tokenizer that pads on the other side, and then no BOS by default."""
+    """A tokenizer of another kind that pads on the other side, and then no BOS by default."""
     bridge.tokenizer = told.tokenizer()
     for prepend in (None, False):
         due = padded(replace(told, prepend=prepend).rows(), left=told.left)[0]

@@ -77,9 +77,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Step:
-    """What a step of training came to: its losses, a micro-batch each, and the weights after it.
+    """What a step of training came to.
 
-    And which weights still have a gradient, if only of zeros, when it has been cleared.
+    Attributes:
+        losses: Of each micro-batch.
+        weights: After it, by Hugging Face's names.
+        cleared: Whether each still has a gradient, if only of zeros, after zero_grad().
     """
 
     losses: tuple[torch.Tensor, ...]
@@ -144,7 +147,8 @@ def _apart(expected: list[_Step], actual: list[_Step]) -> Iterator[Gap]:
             gaps += bitwise(name, weight, got.weights[name])
         if due.cleared != got.cleared:
             wrong = sorted(name for name in due.cleared if due.cleared[name] != got.cleared[name])
-            gaps.append(Gap("zero_grad()", "contract", f"leaves None or zeros in {wrong}"))
+            told = f"of {wrong} one side has zeros and the other None"
+            gaps.append(Gap("zero_grad()", "contract", told))
         if gaps:
             yield from labelled(f"step {index}", gaps)
             return

@@ -201,6 +201,23 @@ def test_the_first_failing_case_is_shrunk_and_all_cases_are_counted() -> None:
     assert verdict.examples == len(question.asked)
 
 
+class Once(Question):
+    """Fails once, as a race between threads may."""
+
+    def answer(self, case: Case) -> Iterator[Gap]:
+        if len(self.asked) == 7:
+            yield Gap("site", "value", "of this run only")
+
+
+def test_what_fails_only_once_is_held_against_the_adapter() -> None:
+    question = Once()
+    verdict = ask(question)
+    assert verdict.outcome is Outcome.FAILED
+    assert verdict.case == question.asked[6]
+    assert [gap.site for gap in verdict.gaps] == ["site", "the same case again"]
+    assert "not in the next" in verdict.gaps[1].detail
+
+
 def test_ci_gives_the_same_verdict_on_the_same_cases_every_time() -> None:
     first, second = Failing(), Failing()
     assert timeless(ask(first)) == timeless(ask(second))
