@@ -91,11 +91,10 @@ def gated(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """
     case = in_one_forward(case)
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
-    bridge, draw = subject.bridge, case.run.token_seed
-    assert bridge is not None
+    bridge, seed = bridge_of(subject), case.run.token_seed
     truth = reference(case.model)
     values = observe(truth, case, sites=sites_of(subject, case), backward=False).values
-    chosen = (*FORKS[draw % len(FORKS)], *OTHERS[draw // len(FORKS) % len(OTHERS)])
+    chosen = (*FORKS[seed % len(FORKS)], *OTHERS[seed // len(FORKS) % len(OTHERS)])
     rows = behind_flags(case.model)
     for when, flags in (("before", ()), ("under", chosen), ("after", ())):
         log = Log()
@@ -115,13 +114,21 @@ def gated(adapter: Adapter, case: Case) -> Iterator[Gap]:
                 yield Gap(name, "count", f"fired {len(shown)} times instead of {due}, {when}")
             elif shown:
                 yield from _right(truth, case.model, name, log, values[_source(name)])
-    yield from _midway(subject, case, truth, values)
+    draw = drawing(case)
+    for flag in sorted(_EARLIER):
+        yield from _midway(subject, case, flag, draw, truth, values)
 
 
-def _midway(subject: Subject, case: Case, truth: Subject, values: Tensors) -> Iterator[Gap]:
+def _midway(
+    subject: Subject,
+    case: Case,
+    flag: str,
+    draw: Callable[[int], int],
+    truth: Subject,
+    values: Tensors,
+) -> Iterator[Gap]:
     """A hook turns a flag on or off: that counts for what is still to come, and in full."""
-    bridge, log, draw = bridge_of(subject), Log(), drawing(case)
-    flag = sorted(_EARLIER)[draw(len(_EARLIER))]
+    bridge, log = bridge_of(subject), Log()
     turned_on, at = bool(draw(2)), draw(case.model.num_hidden_layers)
     site = f"blocks.{at}.{_EARLIER[flag][draw(len(_EARLIER[flag]))]}"
     rows = behind_flags(case.model, (flag,))
