@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -97,16 +97,10 @@ def gated(adapter: Adapter, case: Case) -> Iterator[Gap]:
     chosen = (*FORKS[seed % len(FORKS)], *OTHERS[seed // len(FORKS) % len(OTHERS)])
     rows = behind_flags(case.model)
     for when, flags in (("before", ()), ("under", chosen), ("after", ())):
-        log = Log()
         with at_work(f"a forward {when} {' and '.join(chosen) or 'no flag'}"):
             for flag in chosen:
                 getattr(bridge, f"set_{flag}")(flag in flags)
-            for name in {*rows, *map(_source, rows)}:
-                bridge.hook_dict[name].add_hook(log.listener(name))
-            try:
-                _forward(subject, case)
-            finally:
-                bridge.reset_hooks()
+            log = _listened(subject, case, rows)
         for name, site in rows.items():
             shown = log.tensors[name]
             due = int(site.flag in flags)
@@ -119,6 +113,18 @@ def gated(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield from _midway(subject, case, flag, draw, truth, values)
 
 
+def _listened(subject: Subject, case: Case, rows: Iterable[str]) -> Log:
+    """What gated hooks and their sources show in one forward; then all hooks are taken off."""
+    bridge, log = bridge_of(subject), Log()
+    for name in {*rows, *map(_source, rows)}:
+        bridge.hook_dict[name].add_hook(log.listener(name))
+    try:
+        _forward(subject, case)
+    finally:
+        bridge.reset_hooks()
+    return log
+
+
 def _midway(
     subject: Subject,
     case: Case,
@@ -128,7 +134,7 @@ def _midway(
     values: Tensors,
 ) -> Iterator[Gap]:
     """A hook turns a flag on or off: that counts for what is still to come, and in full."""
-    bridge, log = bridge_of(subject), Log()
+    bridge = bridge_of(subject)
     turned_on, at = bool(draw(2)), draw(case.model.num_hidden_layers)
     site = f"blocks.{at}.{_EARLIER[flag][draw(len(_EARLIER[flag]))]}"
     rows = behind_flags(case.model, (flag,))
@@ -140,12 +146,9 @@ def _midway(
     with at_work(f"a forward {what}"):
         getattr(bridge, f"set_{flag}")(not turned_on)
         bridge.hook_dict[site].add_hook(switch)
-        for name in {*rows, *map(_source, rows)}:
-            bridge.hook_dict[name].add_hook(log.listener(name))
         try:
-            _forward(subject, case)
+            log = _listened(subject, case, rows)
         finally:
-            bridge.reset_hooks()
             getattr(bridge, f"set_{flag}")(False)
     for name in rows:
         shown, due = len(log.tensors[name]), (int(name.split(".")[1]) >= at) == turned_on

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
@@ -152,12 +152,17 @@ def _watched(
     yield from compare_parameters(expected, actual)
 
 
+def _felt(case: Case, draw: Callable[[int], int]) -> str:
+    """A drawn site of `_FELT` in a drawn block."""
+    return f"blocks.{draw(case.model.num_hidden_layers)}.{_FELT[draw(len(_FELT))]}"
+
+
 def _both(subject: Subject, case: Case, plain: dict[str, Site]) -> Iterator[Gap]:
     """Forwards with another edit and with none, in either order, then one backward of both."""
     if case.model.tie_word_embeddings:
         return  # of a tied weight four gradients are added, in no order that anything promises
     draw, data, bridge = drawing(case), inputs(case), bridge_of(subject)
-    site = f"blocks.{draw(case.model.num_hidden_layers)}.{_FELT[draw(len(_FELT))]}"
+    site = _felt(case, draw)
     edit = Edit(site=site, kind=("scale", "noise")[draw(2)], seed=draw(2**16))
     runs = [replace(case, run=replace(case.run, edits=edits)) for edits in ((edit,), ())]
     runs = runs[:: 1 if draw(2) else -1]
@@ -210,7 +215,7 @@ class _FaultError(Exception):
 def _failing(subject: Subject, case: Case) -> Iterator[Gap]:
     """A hook that changes a forward and fails in its recomputation: the caller hears of it."""
     draw, data, calls = drawing(case), inputs(case), []
-    site = f"blocks.{draw(case.model.num_hidden_layers)}.{_FELT[draw(len(_FELT))]}"
+    site = _felt(case, draw)
 
     def hook(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor:
         calls.append(site)
