@@ -15,6 +15,10 @@ from conformance.subjects import Subject
 from conformance.taps import unturned
 
 
+class OnPurposeError(Exception):
+    """What a hook of ours raises where one that fails is wanted: no error of a subject's."""
+
+
 def _value_hook(
     recorder: Recorder, name: str, returned: bool
 ) -> Callable[..., torch.Tensor | None]:

@@ -29,7 +29,7 @@ from conformance.checks.support import bridge_of, drawing
 from conformance.compare import Gap, bitwise, compare_values
 from conformance.inputs import inputs
 from conformance.observe import sites_of
-from conformance.points import hook_points
+from conformance.points import OnPurposeError, hook_points
 from conformance.recorder import Observation, Recorder
 from conformance.spec import Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs
@@ -99,10 +99,6 @@ def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     yield from differing_texts(expected, actual)
 
 
-class _TroubleError(Exception):
-    """What a hook of a user raises in the middle of a generation."""
-
-
 def _state(subject: Subject, *, drawn: bool) -> dict[str, Any]:
     """What a generation must leave as it was, by what it is called."""
     bridge = bridge_of(subject)
@@ -167,13 +163,13 @@ def leaves_nothing(adapter: Adapter, case: Case) -> Iterator[Gap]:
 
     def trouble(tensor: torch.Tensor, hook: HookPoint) -> None:
         if len(seen) >= len(user):  # both have fired: this is the second step
-            raise _TroubleError
+            raise OnPurposeError
 
     def plain() -> None:
         bridge.generate(data.tokens, **asked)
 
     def troubled() -> None:
-        with suppress(_TroubleError), bridge.hooks(fwd_hooks=[("ln_final.hook_in", trouble)]):
+        with suppress(OnPurposeError), bridge.hooks(fwd_hooks=[("ln_final.hook_in", trouble)]):
             bridge.generate(data.tokens, **asked)
 
     def abandoned() -> None:

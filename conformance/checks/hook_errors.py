@@ -14,19 +14,15 @@ from conformance.checks.support import bridge_of, in_one_forward
 from conformance.compare import Gap, compare_parameters, compare_tensors
 from conformance.inputs import inputs
 from conformance.observe import observe, options, started
-from conformance.points import hook_points
+from conformance.points import OnPurposeError, hook_points
 from conformance.spec import Case
 from conformance.strategies import cases
 from conformance.subjects import Subject, bridged, reference
 from conformance.tolerance import exactly
 
 
-class _Fault(Exception):  # noqa: N818 - what a hook raises, and not an error of anybody's
-    """What is raised in a hook or in the model."""
-
-
 class _Interrupt(BaseException):
-    """As `_Fault`, and like Ctrl-C no Exception."""
+    """As `OnPurposeError`, and like Ctrl-C no Exception."""
 
 
 class _Trial:
@@ -42,7 +38,7 @@ class _Trial:
         self.bridge: Any = subject.bridge
         self.site, self.tokens = site, inputs(case).tokens
         self.given = {"return_type": "logits", **options(subject, case)}
-        self.fault = (_Fault, _Interrupt)[case.run.token_seed // 3 % 2]("on purpose")
+        self.fault = (OnPurposeError, _Interrupt)[case.run.token_seed // 3 % 2]("on purpose")
         self.bystander = Log().listener("")
 
     def raising(self, *args: Any, **kwargs: Any) -> None:
@@ -67,7 +63,7 @@ class _Trial:
     def nested(self, direction: str) -> None:
         """In run_with_hooks inside of hooks(), which goes on."""
         with self.bridge.hooks(fwd_hooks=[("hook_embed", self.bystander)]):
-            with suppress(_Fault, _Interrupt):
+            with suppress(OnPurposeError, _Interrupt):
                 self.run_with_hooks(direction)
             self.bridge(self.tokens, **self.given)
         raise self.fault
@@ -153,7 +149,7 @@ def _tried(trial: _Trial, case: Case) -> Iterator[Gap]:
     try:
         with torch.random.fork_rng(devices=[]):
             getattr(trial, way)(direction)
-    except (_Fault, _Interrupt) as raised:
+    except (OnPurposeError, _Interrupt) as raised:
         if raised is not trial.fault:
             yield Gap("exception", "contract", f"{what}: another one arrives: {raised!r}")
     except Exception as error:

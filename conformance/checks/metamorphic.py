@@ -24,7 +24,7 @@ from conformance.compare import (
 )
 from conformance.inputs import Inputs, inputs
 from conformance.observe import observe, sites_of
-from conformance.points import hook_points
+from conformance.points import OnPurposeError, hook_points
 from conformance.spec import ROPE_TYPES, Case, ModelSpec, RunSpec
 from conformance.strategies import WIDE_DTYPES, cases, legal_flags, model_specs, run_specs
 from conformance.subjects import Subject, SubjectError, bridged, reference
@@ -236,23 +236,19 @@ def positions(adapter: Adapter, case: Case) -> Iterator[Gap]:
             yield from [gap] if gap else []
 
 
-class _Raised(Exception):  # noqa: N818 - what a hook of ours raises
-    """Ends a forward in the middle."""
-
-
 def _interrupted(subject: Subject, case: Case) -> None:
     """A forward that a hook of ours ends, at a drawn site."""
     points = list(hook_points(subject).values())
 
     def end(tensor: torch.Tensor, hook: HookPoint) -> None:
-        raise _Raised
+        raise OnPurposeError
 
     point = points[case.run.token_seed % len(points)]
     point.add_hook(end)
     try:
         observe(subject, case, backward=False)
     except SubjectError as error:
-        if not isinstance(error.__cause__, _Raised):
+        if not isinstance(error.__cause__, OnPurposeError):
             raise
     finally:
         point.remove_hooks("both")

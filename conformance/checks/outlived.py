@@ -16,6 +16,7 @@ from conformance.checks.support import bridge_of, drawing, in_one_forward, sites
 from conformance.compare import Gap
 from conformance.inputs import Inputs, inputs
 from conformance.observe import observe, options, started
+from conformance.points import OnPurposeError
 from conformance.spec import Case
 from conformance.strategies import cases
 from conformance.subjects import Subject, at_work, bridged
@@ -25,10 +26,6 @@ def _alive() -> list[torch.Tensor]:
     """Every tensor that the garbage collector tracks; frozen ones (`gc.freeze`) are left out."""
     gc.collect()
     return [each for each in gc.get_objects() if type(each) in (torch.Tensor, nn.Parameter)]
-
-
-class _BrokenError(Exception):
-    """What a hook raises."""
 
 
 def _adding(tensor: torch.Tensor) -> Callable[..., torch.Tensor]:
@@ -41,7 +38,7 @@ def _breaking() -> Callable[..., None]:
 
     def hook(tensor: torch.Tensor, hook: HookPoint) -> None:
         held = tensor * 2
-        raise _BrokenError(held.ndim)
+        raise OnPurposeError(held.ndim)
 
     return hook
 
@@ -61,7 +58,7 @@ def _use(subject: Subject, case: Case, data: Inputs) -> None:
         )
         bridge(data.tokens, **{**given, "stop_at_layer": 1})
         for name in ("blocks.0.hook_in", "ln_final.hook_out"):
-            with suppress(_BrokenError):
+            with suppress(OnPurposeError):
                 bridge.run_with_hooks(data.tokens, fwd_hooks=[(name, _breaking())], **given)
         flag = ("use_attn_in", "use_split_qkv_input")[drawing(case)(2)]
         getattr(bridge, f"set_{flag}")(True)

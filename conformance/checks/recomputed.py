@@ -28,6 +28,7 @@ from conformance.compare import (
 from conformance.edits import edited
 from conformance.inputs import inputs
 from conformance.observe import observe, options, sites_of, started
+from conformance.points import OnPurposeError
 from conformance.recorder import Observation, Recorder
 from conformance.sites import Site, fired_rows
 from conformance.spec import Case, Edit
@@ -208,10 +209,6 @@ def _passing(
     yield from compare_parameters(expected, actual)
 
 
-class _FaultError(Exception):
-    """What a hook raises when it is called in the backward."""
-
-
 def _failing(subject: Subject, case: Case) -> Iterator[Gap]:
     """A hook that changes a forward and fails in its recomputation: the caller hears of it."""
     draw, data, calls = drawing(case), inputs(case), []
@@ -220,7 +217,7 @@ def _failing(subject: Subject, case: Case) -> Iterator[Gap]:
     def hook(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor:
         calls.append(site)
         if len(calls) == 2:
-            raise _FaultError
+            raise OnPurposeError
         return -tensor
 
     given = {"return_type": "logits", **options(subject, case)}
@@ -230,7 +227,7 @@ def _failing(subject: Subject, case: Case) -> Iterator[Gap]:
             logits = run(data.tokens, fwd_hooks=[(site, hook)], **given)
         try:
             logits.backward(data.probe.to(logits.dtype))
-        except _FaultError:
+        except OnPurposeError:
             calls.append("heard of")
     bridge_of(subject).zero_grad()
     if calls != [site, site, "heard of"]:

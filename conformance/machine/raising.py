@@ -14,12 +14,9 @@ from conformance.machine.executor import Machine
 from conformance.machine.moves import move
 from conformance.machine.running import fires, generated, gradient_seen, has_room
 from conformance.observe import observe, options, started
+from conformance.points import OnPurposeError
 from conformance.spec import Step
 from conformance.subjects import SubjectError, at_work
-
-
-class _TroubleError(Exception):
-    """What a hook of a user raises."""
 
 
 @move("hooks_context", fires)
@@ -35,9 +32,9 @@ def hooks_context(machine: Machine, step: Step) -> Iterator[Gap]:
                 seen.append(observe(machine.subject, case, backward=False).logits)
             seen.append(observe(machine.subject, case, backward=False).logits)
             if step.seed % 2:
-                raise _TroubleError
+                raise OnPurposeError
     except SubjectError as error:
-        if not isinstance(error.__cause__, _TroubleError):
+        if not isinstance(error.__cause__, OnPurposeError):
             raise
     for logits, hooks in zip(seen, ((outer, inner), (outer,)), strict=True):
         label = f"logits within {len(hooks)} contexts"
@@ -51,7 +48,7 @@ def _raising(calls: int) -> Callable[..., None]:
     def hook(tensor: torch.Tensor, hook: Any) -> None:
         left[0] -= 1
         if not left[0]:
-            raise _TroubleError
+            raise OnPurposeError
 
     return hook
 
@@ -81,7 +78,7 @@ def failing_hook(machine: Machine, step: Step) -> Iterator[Gap]:
                     else:
                         generated(machine, tokens, cached=True)
     except SubjectError as error:
-        if not isinstance(error.__cause__, _TroubleError):
+        if not isinstance(error.__cause__, OnPurposeError):
             raise
     else:
         yield Gap(step.site, "contract", "the error of a hook did not come out")
@@ -101,7 +98,7 @@ def failing_backward_hook(machine: Machine, step: Step) -> Iterator[Gap]:
     except SubjectError as error:
         inner = error.__cause__
         if not isinstance(
-            inner.__cause__ if isinstance(inner, SubjectError) else inner, _TroubleError
+            inner.__cause__ if isinstance(inner, SubjectError) else inner, OnPurposeError
         ):
             raise
         raised = True
