@@ -14,6 +14,7 @@ from conformance.checks.registry import Adapter, check
 from conformance.checks.support import bridge_of, drawing, needs_patch
 from conformance.compare import Gap, bitwise
 from conformance.observe import observe
+from conformance.points import OnPurposeError
 from conformance.spec import Case
 from conformance.strategies import clipped_cases
 from conformance.subjects import (
@@ -27,12 +28,8 @@ from conformance.subjects import (
 )
 
 
-class TroubleError(Exception):
-    """What a hook of a user raises in the middle of an attention."""
-
-
 class TroubleInterrupt(KeyboardInterrupt):
-    """What Ctrl-C raises there, which is no `Exception`."""
+    """What Ctrl-C raises in the middle of an attention, which is no `Exception`."""
 
 
 def _plain(case: Case) -> Case:
@@ -105,7 +102,7 @@ def life(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield Gap("config.clip_qkv", "contract", f"inside of an attention not: {told}")
     yield from left_over(subject, case)
 
-    trouble_is = (TroubleError, TroubleInterrupt)[drawing(case)(2)]
+    trouble_is = (OnPurposeError, TroubleInterrupt)[drawing(case)(2)]
 
     def trouble(*_: object) -> None:
         raise trouble_is

@@ -15,12 +15,13 @@ from hypothesis.strategies import SearchStrategy
 from torch import nn
 
 from conformance.checks.forward import logits_gap
-from conformance.checks.patch import TroubleError, left_over
+from conformance.checks.patch import left_over
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import exact_gaps, has_exact, needs_patch
 from conformance.compare import Gap
 from conformance.inputs import inputs
 from conformance.observe import observe
+from conformance.points import OnPurposeError
 from conformance.spec import Case
 from conformance.strategies import cases, clipped_cases, model_specs
 from conformance.subjects import (
@@ -94,7 +95,7 @@ def no_clip(adapter: Adapter, case: Case) -> Iterator[Gap]:
 
 
 def _trouble(*_: object) -> None:
-    raise TroubleError
+    raise OnPurposeError
 
 
 @check(
@@ -122,7 +123,7 @@ def modes(adapter: Adapter, case: Case) -> Iterator[Gap]:
         with at_work(f"prepare_model, exact_clip={exact}"):
             made.prepare_model(model, exact_clip=exact)
         handle = model.model.layers[-1].self_attn.o_proj.register_forward_pre_hook(_trouble)
-        with suppress(TroubleError):
+        with suppress(OnPurposeError):
             model(torch.zeros((1, 1), dtype=torch.long))
         handle.remove()
         actual = observe(subject, case, backward=False)
