@@ -44,6 +44,7 @@ def published() -> dict[str, ModelSpec]:
             hidden_act=config["hidden_act"],
             rope_theta=config["rope_theta"],
             tie_word_embeddings=config["tie_word_embeddings"],
+            pad_token_id=config["pad_token_id"],
             clip_qkv=config["clip_qkv"],
             # A clip of 8 at hidden size 4096 binds on a fifth of the entries at this scale.
             weight_scale=0.1,
@@ -69,6 +70,7 @@ def trained(dtype: str = "float32") -> ModelSpec:
         hidden_act=config["hidden_act"],
         rope_theta=config["rope_parameters"]["rope_theta"],
         tie_word_embeddings=config["tie_word_embeddings"],
+        pad_token_id=config["pad_token_id"],
         clip_qkv=config["clip_qkv"],
         dtype=dtype,
         weights="trained",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from conformance.spec import Case, RunSpec
-from conformance.subjects import PAD_TOKEN
 
 # Small enough that a float16 gradient does not overflow on its way down.
 PROBE_SCALE = 0.1
@@ -92,7 +91,7 @@ def inputs(case: Case) -> Inputs:
         tokens = torch.tensor(case.tokens)
     mask = _mask(run, draw)
     if mask is not None:
-        tokens = tokens.masked_fill(mask == 0, PAD_TOKEN)
+        tokens = tokens.masked_fill(mask == 0, model.pad_token_id or 0)
     room = model.max_position_embeddings
     positions = None if run.positions == "derived" else _given(run, room, draw)
     probe = PROBE_SCALE * torch.randn((*shape, model.vocab_size), generator=draw)

@@ -69,6 +69,7 @@ class ModelSpec:
 
     Attributes:
         head_dim: Size of a head; None lets Hugging Face divide ``hidden_size`` by the heads.
+        pad_token_id: The token whose row of the embedding is never trained; None means no such row.
         clip_qkv: The clamp of q, k and v; None means no clamp, 0.0 is a real (total) one.
         biases: Which of the attention's projections q, k, v, o have a bias.
         weight_seed: Seed of every weight and bias.
@@ -89,6 +90,7 @@ class ModelSpec:
     rope_type: str = "default"
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
+    pad_token_id: int | None = 1
     attention_dropout: float = 0.0
     clip_qkv: float | None = None
     biases: tuple[str, ...] = ()
@@ -104,6 +106,8 @@ class ModelSpec:
         integer(self, ("weight_seed",), 0, MAX_SEED)
         positive(self, "rope_theta", "weight_scale")
         boolean(self, "tie_word_embeddings")
+        if self.pad_token_id is not None:
+            integer(self, ("pad_token_id",), 0, self.vocab_size - 1)
         one_of(self, "dtype", DTYPES)
         one_of(self, "rope_type", ROPE_TYPES)
         one_of(self, "weights", WEIGHTS)

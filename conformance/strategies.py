@@ -73,7 +73,7 @@ _SOME_BIASES = tuple(some for size in (1, 2, 3) for some in combinations(PROJECT
 WIDE_DTYPES = st.sampled_from(("float32", "float64"))
 
 # The defaults of `model_specs`.
-HEAD_PAIRS = ((1, 1), (2, 2), (2, 1), (3, 3), (3, 1), *_GROUPED)
+HEAD_PAIRS = ((1, 1), (2, 2), (2, 1), (3, 3), (3, 1), *_GROUPED, (4, 1), (8, 2))
 HEADS = st.sampled_from(HEAD_PAIRS)
 HEAD_DIMS = st.sampled_from((2, 4, 6, 8))
 # ``divided`` leaves head_dim to Hugging Face: n_heads * head_dim == hidden_size, so a square W_O,
@@ -83,12 +83,14 @@ GEOMETRIES = _mostly("divided", "free", "stated")
 HIDDEN_SIZES = st.sampled_from(range(2, 25))  # not 1: a LayerNorm leaves nothing of one entry
 INTERMEDIATE_SIZES = st.sampled_from(range(2, 24))
 LAYERS = st.sampled_from((1, 1, 1, 2, 2, 2, 3))
-VOCABULARIES = st.sampled_from(range(3, 30))  # in a small one the pad token, 1, is a frequent word
+VOCABULARIES = st.sampled_from(range(3, 30))  # in a small one the pad token is a frequent word
 ROOMS = st.sampled_from(range(4, 25))
 ACTIVATIONS = _mostly("silu", "gelu", "relu", "gelu_pytorch_tanh")
 ROPES = _mostly(*ROPE_TYPES)
 THETAS = _mostly(10_000.0, 100.5, 500_000.0)
 TIES = st.sampled_from((False, False, True))
+# Without one, what a mask hides is token 0.
+PAD_TOKENS: SearchStrategy[int | None] = _mostly(1, 0, None)
 DROPOUTS = _mostly(0.0, 0.1, 0.5)
 CLIPS: SearchStrategy[float | None] = st.sampled_from((None, None, *_BINDING, *_TOTAL, _FAR))
 BIASES = st.sampled_from(((),) * 14 + _SOME_BIASES + (PROJECTIONS,) * 14)
@@ -160,6 +162,7 @@ def model_specs(
     activations: SearchStrategy[str] = ACTIVATIONS,
     rope_types: SearchStrategy[str] = ROPES,
     ties: SearchStrategy[bool] = TIES,
+    pad_tokens: SearchStrategy[int | None] = PAD_TOKENS,
     dropouts: SearchStrategy[float] = DROPOUTS,
     clips: SearchStrategy[float | None] = CLIPS,
     biases: SearchStrategy[tuple[str, ...]] = BIASES,
@@ -177,6 +180,7 @@ def model_specs(
         activations: Names of the MLP's activation.
         rope_types: Of `ROPE_TYPES`.
         ties: Whether the unembedding is the embedding.
+        pad_tokens: The tokens whose rows of the embedding are not trained, or None.
         dropouts: Of the attention; nothing comes of them outside train mode.
         clips: Clips in units of the projections' standard deviation, or None for no clamp.
         biases: Which of the projections have one.
@@ -206,6 +210,7 @@ def model_specs(
         rope_type=rope_type,
         rope_theta=draw(THETAS),
         tie_word_embeddings=draw(ties),
+        pad_token_id=draw(pad_tokens),
         attention_dropout=draw(dropouts),
         clip_qkv=clip,
         biases=draw(biases),

@@ -30,7 +30,6 @@ from conformance.fields import SpecError
 from conformance.spec import PROJECTIONS, ModelSpec
 
 ARCHITECTURE = "OlmoForCausalLM"
-PAD_TOKEN = 1  # OlmoConfig's default
 
 
 class SubjectError(Exception):
@@ -121,7 +120,7 @@ def hf_config(model: ModelSpec, attention: str = "eager") -> OlmoConfig:
         attention_bias=bool(model.biases),
         attention_dropout=model.attention_dropout,
         clip_qkv=model.clip_qkv,
-        pad_token_id=PAD_TOKEN,
+        pad_token_id=model.pad_token_id,
         eos_token_id=None,
         **extra,
     )

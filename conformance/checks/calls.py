@@ -20,7 +20,7 @@ from conformance.inputs import Inputs, derived_positions, inputs
 from conformance.observe import observe
 from conformance.spec import Case
 from conformance.strategies import cases, run_specs
-from conformance.subjects import PAD_TOKEN, Subject, at_work, bridged, reference
+from conformance.subjects import Subject, at_work, bridged, reference
 from conformance.tolerance import of_other_attention
 from conformance.verdict import NotApplicable
 
@@ -219,7 +219,7 @@ def tokens(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Each form, in eval mode, of a text that has pad tokens as words."""
     case = in_one_forward(case, training=False)
     (text,) = inputs(case).tokens.tolist()
-    text[:-1:2] = [PAD_TOKEN] * len(text[:-1:2])
+    text[:-1:2] = [case.model.pad_token_id or 0] * len(text[:-1:2])
     case = replace(case, tokens=(tuple(text),))
     data = inputs(case)
     expected = observe(reference(case.model), case, backward=False).logits

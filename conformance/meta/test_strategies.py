@@ -41,7 +41,7 @@ from conformance.strategies import (
     model_specs,
     run_specs,
 )
-from conformance.subjects import PAD_TOKEN, reference
+from conformance.subjects import reference
 
 torch.set_num_threads(1)  # on tiny tensors, threads only wait for each other
 
@@ -112,7 +112,7 @@ def pads_in_text(case: Case) -> bool:
     """Whether a token that is attended to, and not the first, is the pad token."""
     data = inputs(case)
     mask = torch.ones_like(data.tokens) if data.attention_mask is None else data.attention_mask
-    return bool(((data.tokens == PAD_TOKEN) & (mask == 1))[:, 1:].any())
+    return bool(((data.tokens == case.model.pad_token_id) & (mask == 1))[:, 1:].any())
 
 
 def masks(case: Case, kind: str) -> bool:
@@ -151,6 +151,9 @@ REGIMES: dict[str, Callable[[Case], bool]] = {
     "tied": lambda c: c.model.tie_word_embeddings,
     "untied": lambda c: not c.model.tie_word_embeddings,
     "pad tokens in the text": pads_in_text,
+    "the first token pads": lambda c: c.model.pad_token_id == 0,
+    "no pad token": lambda c: c.model.pad_token_id is None,
+    "groups of four": lambda c: c.model.num_attention_heads == 4 * c.model.num_key_value_heads,
     "length 1": lambda c: c.run.seq_len == 1,
     "length max_position_embeddings": lambda c: c.run.seq_len == c.model.max_position_embeddings,
     "train with dropout": drops,

@@ -26,7 +26,7 @@ from conformance.recorder import Observation
 from conformance.sites import Site, observable
 from conformance.spec import DTYPES, EDITS, Case, Edit, ModelSpec, RunSpec
 from conformance.strategies import cases, clip_present, edits, model_specs, run_specs
-from conformance.subjects import PAD_TOKEN, Subject, hf_model, reference
+from conformance.subjects import Subject, hf_model, reference
 from conformance.taps import Taps
 
 torch.set_num_threads(1)  # on tiny tensors, threads only wait for each other
@@ -185,7 +185,8 @@ class Scratch:
         tokens = self.see("embed.hook_in", self.data.tokens)
         rows = self.weights["model.embed_tokens.weight"][tokens]
         # Hugging Face's embedding never trains the row of the pad token.
-        rows = torch.where(tokens[..., None] == PAD_TOKEN, rows.detach(), rows)
+        if (pad := self.case.model.pad_token_id) is not None:
+            rows = torch.where(tokens[..., None] == pad, rows.detach(), rows)
         x = self.see("embed.hook_out", rows)
         self.see("rotary_emb.hook_in", x)
         cos = self.see("rotary_emb.hook_cos", self.angles().cos())

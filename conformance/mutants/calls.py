@@ -11,7 +11,7 @@ from adapter.attention import OlmoAttentionBridge
 from adapter.compatibility import OlmoTransformerBridge
 from conformance.forks import with_gradient_of
 from conformance.mutants.catalogue import Make, add, mutant
-from conformance.subjects import PAD_TOKEN
+from conformance.spec import ModelSpec
 
 
 def _before_forward(change: Any) -> Make:
@@ -50,7 +50,7 @@ def _boolean_in_order(input: torch.Tensor, named: dict[str, Any]) -> torch.Tenso
 
 def _pads_masked(input: torch.Tensor, named: dict[str, Any]) -> torch.Tensor:
     if not input.is_floating_point() and named.get("attention_mask") is None:
-        real = input != PAD_TOKEN
+        real = input != ModelSpec().pad_token_id
         real[..., -1] = True
         named["attention_mask"] = real.long().reshape(-1, real.shape[-1])
     return input

@@ -12,7 +12,7 @@ from adapter.compatibility import OlmoTransformerBridge
 from adapter.mlp import OutputLinearBridge
 from adapter.rotary import OlmoRotaryEmbeddingBridge
 from conformance.mutants.catalogue import add, hook_mutant, mutant
-from conformance.subjects import PAD_TOKEN
+from conformance.spec import ModelSpec
 
 _MASKED = (OlmoAttentionBridge, "_apply_reconstruct_attention_mask")
 
@@ -161,7 +161,7 @@ def padding(original: Any) -> Any:
     """Without a mask, tokens of the padding's number are masked."""
 
     def forward(self: Any, input: torch.Tensor, **kwargs: Any) -> Any:
-        seen = input != PAD_TOKEN
+        seen = input != ModelSpec().pad_token_id
         if kwargs.get("attention_mask") is None and bool(seen[:, 0].all()):
             kwargs["attention_mask"] = seen.long()
         return original(self, input, **kwargs)

@@ -18,7 +18,7 @@ Same = Callable[[Verdict], bool]
 _PLAIN_RUN = ("chunks", "batch", "padding", "positions", "training", "prepared", "use_cache")
 _PLAIN_MODEL = (
     *("num_hidden_layers", "rope_type", "rope_theta", "hidden_act", "tie_word_embeddings"),
-    *("attention_dropout", "clip_qkv", "biases"),
+    *("attention_dropout", "clip_qkv", "biases", "pad_token_id"),
 )
 
 

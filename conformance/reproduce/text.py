@@ -54,7 +54,10 @@ def configuration(model: ModelSpec) -> dict[str, Any]:
     if (model.rope_type, model.rope_theta) != (plain.rope_type, plain.rope_theta):
         named["max_position_embeddings"] = model.max_position_embeddings
         named["rope_parameters"] = rope_parameters(model)
-    odd = ("head_dim", "hidden_act", "tie_word_embeddings", "attention_dropout", "clip_qkv")
+    odd = (
+        *("head_dim", "hidden_act", "tie_word_embeddings", "pad_token_id"),
+        *("attention_dropout", "clip_qkv"),
+    )
     named.update(
         {name: getattr(model, name) for name in odd if getattr(model, name) != getattr(plain, name)}
     )
