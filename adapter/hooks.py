@@ -18,12 +18,8 @@ _BARE = (type(None), bool, int, float, str)
 _HOLDERS = (dict, list, set, OrderedDict)
 
 
-class _OnRoute:
-    """A forward hook whose tensor flows on even if it returns None.
-
-    At a point with a conversion a hook sees a view of its own. Unless the view is handed back, the
-    computation goes past it, and neither ``retain_grad()`` nor ``autograd.grad`` finds a gradient.
-    """
+class _Hook:
+    """What TransformerLens is given for a user's hook."""
 
     def __init__(self, point: HookPoint, hook: Callable[..., Any]) -> None:
         self._point, self._hook = point, hook
@@ -33,10 +29,29 @@ class _OnRoute:
         hook = self._hook
         return f"partial({hook.func!r},...)" if isinstance(hook, partial) else repr(hook)
 
+
+class _OnRoute(_Hook):
+    """A forward hook whose tensor flows on even if it returns None.
+
+    At a point with a conversion a hook sees a view of its own. Unless the view is handed back, the
+    computation goes past it, and neither ``retain_grad()`` nor ``autograd.grad`` finds a gradient.
+    """
+
     def __call__(self, tensor: torch.Tensor, hook: Any) -> Any:
         returned = self._hook(tensor, hook=hook)
         viewed = returned is None and self._point.hook_conversion is not None
         return tensor if viewed and tensor.requires_grad else returned
+
+
+class _Unwrapped(_Hook):
+    """A backward hook that may return its gradient in a tuple of one, as PyTorch's do.
+
+    A conversion, and a hook under the next of several names, take a tensor.
+    """
+
+    def __call__(self, gradient: torch.Tensor, hook: Any) -> Any:
+        returned = self._hook(gradient, hook=hook)
+        return returned[0] if isinstance(returned, tuple) and len(returned) == 1 else returned
 
 
 def _same_hook(handle: Any, memo: dict[int, Any]) -> Any:
@@ -74,7 +89,7 @@ class OlmoHookPoint(HookPoint):
         alias_names: list[str] | None = None,
     ) -> Any:
         """Add a hook as TransformerLens does; what a forward hook sees is on the gradient's way."""
-        given: Any = _OnRoute(self, hook) if dir == "fwd" else hook
+        given: Any = _OnRoute(self, hook) if dir == "fwd" else _Unwrapped(self, hook)
         super().add_hook(given, dir, is_permanent, level, prepend, alias_names)
         # Before 4.3 it is not returned.
         handle: Any = (self.fwd_hooks if dir == "fwd" else self.bwd_hooks)[0 if prepend else -1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformer_lens.hook_points import HookPoint
@@ -40,11 +40,11 @@ def _value_hook(
     return hook
 
 
-def _gradient_hook(recorder: Recorder, name: str) -> Callable[..., torch.Tensor | None]:
-    def hook(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor | None:
+def _gradient_hook(recorder: Recorder, name: str) -> Callable[..., Any]:
+    def hook(tensor: torch.Tensor, hook: HookPoint) -> Any:
         new = recorder.gradient(name, tensor.detach().clone())
         if new is None or name not in recorder.overwrites:
-            return new
+            return (new,) if new is not None and recorder.wraps else new
         tensor.copy_(new)
         return tensor if recorder.overwrites[name] else None
 

@@ -50,6 +50,7 @@ class Recorder:
         edits_gradients: Whether `gradient` may return another one.
         copying: Copy the values that a bridge shows, and detach all. If not, see `overwritten`, and
             values are part of a graph that has been walked through: it saves a call for each.
+        wraps: Whether a gradient that is returned to a bridge is in a tuple, as PyTorch's own are.
         overwrites: Sites of a bridge whose gradient is edited where it lies, and whether the hook
             that did so hands it back as well.
     """
@@ -58,6 +59,7 @@ class Recorder:
     asking = False
     edits_gradients = False
     copying = True
+    wraps = False
     overwrites: Mapping[str, bool] = {}
 
     def begin(self, case: Case) -> None:

@@ -149,6 +149,7 @@ class _Editor(Recorder):
             at: bool(edit.seed % 2) for at, edit in self.edits.items() if edit.kind == "in_place"
         }
         scaled = case.run.token_seed % 3 != 1
+        self.wraps = case.run.token_seed // 3 % 3 == 0
         self.edits = {at: Edit(site=at) for at in self.edits if scaled}
 
     def gradient(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -124,6 +124,11 @@ class _Script:
                 if told != due:
                     said = f"{when}: has_hooks({direction!r}), with permanent ones and without"
                     yield Gap(site, "contract", f"{said}: {told} instead of {due}")
+                for level in range(len(self.contexts) + 2):
+                    on = any(entry.level == level for entry in own)
+                    if ask(direction, level=level) is not on:
+                        said = f"{when}: has_hooks({direction!r}, level={level})"
+                        yield Gap(site, "contract", f"{said} instead of {on}")
         # Older releases have no such list.
         if hasattr(self.bridge, "list_hooks") and not self.unlisted:
             yield from self._listed(when)
@@ -138,11 +143,20 @@ class _Script:
                     for entry in own:
                         if entry.direction == way:
                             due.setdefault(entry.site, []).append(self.function(entry))
-                found = self.bridge.list_hooks(list(self.names), direction, permanent)
-                told = {name: [handle.user_hook for handle in found[name]] for name in found}
-                if told != due:
-                    said = f"{when}: list_hooks(..., {direction!r}, {permanent})"
-                    yield Gap(said, "contract", f"of {list(told)}, others than are on {list(due)}")
+                for asked, names in self._filters():
+                    found = self.bridge.list_hooks(asked, direction, permanent)
+                    told = {name: [handle.user_hook for handle in found[name]] for name in found}
+                    on = {name: functions for name, functions in due.items() if name in names}
+                    if told != on:
+                        said = f"{when}: list_hooks({asked}, {direction!r}, {permanent})"
+                        yield Gap(said, "contract", f"of {list(told)}, others than on {list(on)}")
+
+    def _filters(self) -> Iterator[tuple[Any, Collection[str]]]:
+        """Each way to ask for hook points, and what it asks for."""
+        first, *_, last = self.names
+        yield list(self.names), self.names
+        yield first, (first,)
+        yield (lambda name: name == last), (last,)
 
     def pairs(self, entries: list[_Entry], resets: bool) -> dict[str, Any]:
         """Entries as the arguments of ``hooks()``, each under a drawn name of its site."""
@@ -187,7 +201,8 @@ class _Script:
         # The bridge adds those of the forward first.
         own.sort(key=lambda entry: entry.direction != "fwd")
         context = self.bridge.hooks(**self.pairs(own, resets))
-        context.__enter__()
+        if context.__enter__() is not self.bridge:
+            self.gaps.append(Gap("hooks()", "contract", "the context is not the bridge"))
         self.contexts.append((context, own, resets))
         self.entries += own
         return f"entering hooks(reset_hooks_end={resets})"
@@ -229,6 +244,11 @@ class _Script:
         getattr(self.bridge, way)(**named)
         self.remove(lambda entry: gone(entry) and level in (None, entry.level))
         return f"{way}({direction=}, including_permanent={permanent}, {level=})"
+
+    def reset_nothing(self) -> None:
+        """Reset the hooks of a level that none has: without a context they have no level at all."""
+        reset = getattr(self.bridge, "reset_hooks", None) or self.bridge.remove_all_hook_fns
+        reset(level=0)
 
     def passing(self) -> str:
         """One call of run_with_hooks, whose own hooks act with the others and leave with it."""
@@ -279,6 +299,8 @@ def ledger(adapter: Adapter, case: Case) -> Iterator[Gap]:
     with at_work("a script of hooks"):
         for _ in range(STEPS):
             what = steps[script.draw(len(steps))]()
+            if case.run.token_seed % 2:
+                script.reset_nothing()
             script.run(f"after {what}")
             if script.gaps:
                 break
