@@ -94,7 +94,8 @@ def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
 
 
 # What one head reads is what another reads too, if there is only one.
-SEVERAL_HEADS = st.sampled_from([heads for heads in HEAD_PAIRS if heads[0] > 1])
+_SEVERAL = [heads for heads in HEAD_PAIRS if heads[0] > 1]
+SEVERAL_HEADS = st.sampled_from([*_SEVERAL, *(heads for heads in _SEVERAL if heads[0] > heads[1])])
 # Not identity, which `hooks` judges.
 RETURNED = ("zero", "noise", "replace", "one_head", "one_position", "one_row", "scale")
 

@@ -12,7 +12,7 @@ import torch
 from adapter import attention, hooks
 from adapter.compatibility import OlmoTransformerBridge
 from adapter.hooks import OlmoHookPoint
-from conformance.mutants.catalogue import mutant
+from conformance.mutants.catalogue import bridge_mutant, mutant
 
 of_bridge = partial(mutant, owner=OlmoTransformerBridge)
 of_point = partial(mutant, owner=OlmoHookPoint)
@@ -42,17 +42,10 @@ def _(original: Any) -> Any:
     return repeat
 
 
-@of_bridge(
-    "embed.pad_is_one", "another pad token, or none", "gradients.parameters", attribute="__init__"
-)
-def _(original: Any) -> Any:
+@bridge_mutant("embed.pad_is_one", "another pad token, or none", "gradients.parameters")
+def _(bridge: Any) -> None:
     """The row of token 1 is not trained, whatever the pad token."""
-
-    def init(self: Any, model: Any, *args: Any, **named: Any) -> None:
-        model.get_input_embeddings().padding_idx = 1
-        original(self, model, *args, **named)
-
-    return init
+    bridge.embed.original_component.padding_idx = 1
 
 
 @of_bridge(
