@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -265,6 +266,23 @@ def patched(
     return Subject(built, parameters, clamps=bool(exact_clip) and model.clip_qkv is not None)
 
 
+def _as_it_is(subject: Subject) -> Subject:
+    return subject
+
+
+_begin: ContextVar[Callable[[Subject], Subject]] = ContextVar("begin", default=_as_it_is)
+
+
+@contextmanager
+def beginning(change: Callable[[Subject], Subject]) -> Iterator[None]:
+    """Have every bridge that `bridged` builds meanwhile go through something first."""
+    token = _begin.set(change)
+    try:
+        yield
+    finally:
+        _begin.reset(token)
+
+
 def bridged(
     model: ModelSpec,
     adapter: type[ArchitectureAdapter],
@@ -297,4 +315,4 @@ def bridged(
         if bridge.training:  # else it is left alone: eval() would hide a component in another mode
             bridge.eval()
     declared = tuple(getattr(adapter, "optional_hooks", ()))
-    return Subject(built, parameters, bridge=bridge, optional_hooks=declared)
+    return _begin.get()(Subject(built, parameters, bridge=bridge, optional_hooks=declared))

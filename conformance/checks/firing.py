@@ -17,7 +17,7 @@ from conformance.checks.hooking import (
     run_hooked,
     value_gaps,
 )
-from conformance.checks.interventions import edited_runs
+from conformance.checks.interventions import deep_cases, edited_runs
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import in_one_forward
 from conformance.compare import (
@@ -166,7 +166,8 @@ def gradient_edits() -> SearchStrategy[Case]:
     # What is added to the residual stream has its gradient: the very tensor.
     added = [f"blocks.{{i}}.{part}.hook_out" for part in ("attn.o", "attn", "mlp.out", "mlp")]
     kinds = (*EDITS, *("in_place",) * (len(EDITS) - 2))
-    return cases(runs=partial(edited_runs, kinds=kinds, rows=rows + 3 * added))
+    inner = [name for name in rows if "{i}" in name]
+    return deep_cases(partial(edited_runs, kinds=kinds, rows=rows + 3 * added), rows=inner)
 
 
 @check(

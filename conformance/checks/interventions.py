@@ -78,31 +78,47 @@ def edited_cases() -> SearchStrategy[Case]:
 
 
 # Of what all sites of a block can bear at once: nothing that leaves nothing for the next to change.
-_BEARABLE = st.sampled_from(("scale", "noise", "one_head", "one_position"))
+_BEARABLE = ("scale", "noise", "one_head", "one_position")
 _DEPTHS = st.sampled_from((*(1, 1, 1, 2, 2, 2, 3) * 9, 5, 5, 11))
 _INNER = tuple(dict.fromkeys(row for row in _ROWS if "{i}" in row))
 
 
-def returned_cases() -> SearchStrategy[Case]:
-    """As `edited_cases`; or a deep model, with an edit at every site of a block far up."""
+def deep_cases(
+    shallow: Callable[[ModelSpec], SearchStrategy[RunSpec]],
+    *,
+    kinds: tuple[str, ...] = _BEARABLE,
+    rows: Collection[str] = _INNER,
+) -> SearchStrategy[Case]:
+    """Cases of which some have a deep model, with an edit at every site of a block far up.
+
+    Args:
+        shallow: The runs of all other models.
+        kinds: Kinds of edits far up.
+        rows: Rows of the table that are edited there.
+    """
 
     def everywhere(block: int, kind: str, seed: int) -> tuple[Edit, ...]:
-        sites = (row.replace("{i}", str(block)) for row in _INNER)
+        sites = (row.replace("{i}", str(block)) for row in rows)
         return tuple(Edit(site=site, kind=kind, seed=seed + at) for at, site in enumerate(sites))
 
     def runs(model: ModelSpec) -> SearchStrategy[RunSpec]:
         if model.num_hidden_layers < 4:
-            return edited_runs(model, most=4)
+            return shallow(model)
         far_up = st.sampled_from(range(3, model.num_hidden_layers))
-        some = st.builds(everywhere, far_up, _BEARABLE, EDIT_SEEDS)
+        some = st.builds(everywhere, far_up, st.sampled_from(kinds), EDIT_SEEDS)
         return run_specs(model, edits=some, lengths=st.integers(1, 5), batches=st.integers(1, 2))
 
     return cases(models=model_specs(layers=_DEPTHS), runs=runs)
 
 
+def returned_cases() -> SearchStrategy[Case]:
+    """As `edited_cases`, some deep."""
+    return deep_cases(partial(edited_runs, most=4))
+
+
 def in_place_cases() -> SearchStrategy[Case]:
-    """Cases with one edit that changes the tensor where it lies."""
-    return cases(runs=lambda model: edited_runs(model, kinds=("in_place",), most=1))
+    """Cases with edits that change the tensor where it lies, some deep."""
+    return deep_cases(partial(edited_runs, kinds=("in_place",), most=4), kinds=("in_place",))
 
 
 @check(

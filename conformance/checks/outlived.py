@@ -43,7 +43,7 @@ def _breaking() -> Callable[..., None]:
     return hook
 
 
-def _use(subject: Subject, case: Case, data: Inputs) -> None:
+def use(subject: Subject, case: Case, data: Inputs) -> None:
     """Run a bridge in many ways, with hooks that look on, and drop what comes of it."""
     bridge: Any = bridge_of(subject)
     observe(subject, case, sites=sites_to_hook(subject, case), data=data)
@@ -83,7 +83,7 @@ def nothing_kept(adapter: Adapter, case: Case) -> Iterator[Gap]:
     data = inputs(case)
     before = _alive()
     known = {id(each) for each in before}
-    _use(subject, case, data)
+    use(subject, case, data)
     bridge_of(subject).zero_grad(set_to_none=True)
     for parameter in subject.parameters.values():
         parameter.grad = None

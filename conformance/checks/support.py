@@ -152,11 +152,16 @@ def turn(subject: Subject, flags: Iterable[str], on: bool, *, by_cfg: bool = Fal
                 getattr(bridge, f"set_{flag}")(on)
 
 
-def copied(subject: Subject) -> Subject:
-    """A deep copy of a bridge as a subject of its own."""
+def copied(subject: Subject, *, by: Callable[[Any], Any] = copy.deepcopy) -> Subject:
+    """A copy of a bridge as a subject of its own.
+
+    Args:
+        subject: The bridge.
+        by: What copies it.
+    """
     assert subject.bridge is not None
-    with at_work("copy.deepcopy"):
-        bridge = copy.deepcopy(subject.bridge)
+    with at_work(f"copying by {by.__name__}"):
+        bridge = by(subject.bridge)
         model: Any = bridge.original_model
         # The copy keeps the bridge's names and order; a bridge may have parameters of its own.
         pairs = zip(subject.model.parameters(), model.parameters(), strict=True)

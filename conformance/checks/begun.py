@@ -1,0 +1,173 @@
+"""What other checks promise, asked of bridges that are not new: in a mode, copied, used before."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from conformance.checks import (
+    caching,
+    calls,
+    chunks,
+    firing,
+    flags,
+    generation_hooks,
+    interventions,
+    layernorm,
+    modes,
+    recomputed,
+)
+from conformance.checks.outlived import use
+from conformance.checks.registry import Adapter, Check, check
+from conformance.checks.support import bridge_of, copied, in_one_forward, quiet
+from conformance.compare import Gap, labelled
+from conformance.inputs import inputs
+from conformance.spec import Case
+from conformance.subjects import Subject, SubjectError, at_work, beginning
+
+SCORES = "attn.hook_attn_scores"
+# Each finds another kind of fault; together they find what the bridge does in most ways to call it.
+HOSTS = (
+    interventions.returned,
+    interventions.in_place,
+    firing.returned_gradients,
+    recomputed.recomputed,
+    flags.edited,
+    calls.embeddings,
+    calls.masks,
+    modes.inference,
+    chunks.edits,
+    caching.values,
+    layernorm.edited,
+    generation_hooks.hooks,
+)
+
+
+def _in_compatibility_mode(subject: Subject, case: Case) -> Subject:
+    with at_work("enable_compatibility_mode"):
+        bridge_of(subject).enable_compatibility_mode(disable_warnings=True, no_processing=True)
+    return subject
+
+
+def _copied(subject: Subject, case: Case) -> Subject:
+    return copied(subject)
+
+
+def _pickled(subject: Subject, case: Case) -> Subject:
+    """Which a bridge may refuse, and say so (see ``copies.pickle``)."""
+
+    def pickled(bridge: Any) -> Any:
+        return pickle.loads(pickle.dumps(bridge))
+
+    try:
+        return copied(subject, by=pickled)
+    except SubjectError:
+        return subject
+
+
+def _used(subject: Subject, case: Case) -> Subject:
+    """Run in every way, backwards too, and left as if it had not been."""
+    case = in_one_forward(replace(case, tokens=()), training=False, padding="none", edits=())
+    use(subject, case, inputs(case))
+    bridge_of(subject).zero_grad(set_to_none=True)
+    return subject
+
+
+def _cast(subject: Subject, case: Case) -> Subject:
+    """Cast and cast back: to what holds all its numbers."""
+    bridge = bridge_of(subject)
+    if case.model.dtype == "float32":
+        with at_work("casts to float64 and back"), quiet():
+            bridge.to(torch.float64).to(torch.float32)
+    return subject
+
+
+def _frozen(subject: Subject, case: Case) -> Subject:
+    """Frozen, run, and trained again."""
+    bridge = bridge_of(subject)
+    with at_work("a forward of a frozen bridge"):
+        bridge.requires_grad_(False)
+        bridge(inputs(replace(case, tokens=())).tokens[:1], return_type="loss")
+        bridge.requires_grad_(True)
+    return subject
+
+
+# One after the other. The mode is in half of them: much of a bridge asks for it.
+BEGINNINGS: tuple[tuple[Callable[[Subject, Case], Subject], ...], ...] = (
+    *((_in_compatibility_mode,),) * 2,
+    (_in_compatibility_mode, _copied),
+    (_used, _in_compatibility_mode),
+    (_used, _copied),
+    (_pickled, _used),
+    (_frozen, _cast, _used),
+    (_copied, _frozen),
+)
+
+
+def _steps(case: Case) -> tuple[Callable[[Subject, Case], Subject], ...]:
+    """What comes first in a case: the seed of the weights says so."""
+    return BEGINNINGS[case.model.weight_seed % len(BEGINNINGS)]
+
+
+def _masks(case: Case) -> bool:
+    return _in_compatibility_mode in _steps(case)
+
+
+def _sighted(case: Case) -> Case:
+    """A query that sees no key is something else in the mode; Hugging Face has a mean of all."""
+    run = case.run
+    blind = run.padding in ("left", "rows") or (run.padding == "gap" and run.seq_len < 3)
+    if not (blind and _masks(case)):
+        return case
+    return replace(case, run=replace(run, padding="gap" if run.seq_len > 2 else "none"))
+
+
+def _found(host: Check, adapter: Adapter, case: Case) -> tuple[list[Gap], SubjectError | None]:
+    """What a check says. Where compatibility mode masks with -inf, Hugging Face has a number."""
+    try:
+        gaps = list(host.run(adapter, case))
+    except SubjectError as error:
+        return [], error
+    masks = _masks(case)
+    shown = [gap for gap in gaps if not (masks and gap.kind == "value" and SCORES in gap.site)]
+    return shown, None
+
+
+def _of_begun(host: Check, adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """A check on a bridge that is not new. What it says of a new one as well is for it to say."""
+    steps = _steps(case)
+
+    def begin(subject: Subject) -> Subject:
+        for step in steps:
+            subject = step(subject, case)
+        return subject
+
+    with beginning(begin):
+        gaps, error = _found(host, adapter, case)
+    if not gaps and error is None:
+        return
+    if any(_found(host, adapter, case)):
+        return
+    if error is not None:
+        raise error
+    told = ", ".join(step.__name__.strip("_").replace("_", " ") for step in steps)
+    yield from labelled(told, gaps)
+
+
+def _register(host: Check) -> Check:
+    """A check of bridges that are not new."""
+    return check(
+        f"begun.{host.name.replace('.', '_')}",
+        f"`{host.name}` holds too of bridges that are in compatibility mode, copied, unpickled, "
+        "used before in every way, cast and cast back, or thawed.",
+        lambda: host.cases().map(_sighted),
+        examples=0.3,
+    )(partial(_of_begun, host))
+
+
+CHECKS = tuple(map(_register, HOSTS))
