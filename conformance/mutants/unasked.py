@@ -1,0 +1,48 @@
+"""Faults of what is seldom asked: empty texts, a list of lists, the order of a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+from unicodedata import normalize
+
+from adapter.text import OlmoTextBridge
+from conformance.mutants.catalogue import mutant
+
+
+@mutant("text.empty_is_a_token", "an empty text", "text.tokens", OlmoTextBridge, "_encode")
+def _(original: Any) -> Any:
+    """An empty text is read as a blank."""
+
+    def encode(self: Any, texts: Any, *args: Any, **named: Any) -> Any:
+        every = [texts] if isinstance(texts, str) else texts
+        return original(self, [text or " " for text in every], *args, **named)
+
+    return encode
+
+
+@mutant(
+    "text.normalized",
+    "characters that are compatible with others",
+    "text.tokens",
+    OlmoTextBridge,
+    "_encode",
+)
+def _(original: Any) -> Any:
+    """Texts are normalized otherwise than the tokenizer does it."""
+
+    def encode(self: Any, texts: Any, *args: Any, **named: Any) -> Any:
+        every = [texts] if isinstance(texts, str) else texts
+        return original(self, [normalize("NFKC", text) for text in every], *args, **named)
+
+    return encode
+
+
+@mutant("text.list_of_lists", "a list of rows", "text.tokens", OlmoTextBridge, "to_string")
+def _(original: Any) -> Any:
+    """Rows that are given as lists become one string."""
+
+    def to_string(self: Any, tokens: Any) -> Any:
+        rows = isinstance(tokens, list) and any(isinstance(row, list) for row in tokens)
+        return original(self, [token for row in tokens for token in row] if rows else tokens)
+
+    return to_string
