@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 from unicodedata import normalize
 
+import torch
+
+from adapter.compatibility import OlmoTransformerBridge
 from adapter.text import OlmoTextBridge
 from conformance.mutants.catalogue import mutant
 
@@ -46,3 +49,24 @@ def _(original: Any) -> Any:
         return original(self, [token for row in tokens for token in row] if rows else tokens)
 
     return to_string
+
+
+@mutant(
+    "calls.row_of_padding",
+    "a row of padding alone",
+    "calls.masks",
+    OlmoTransformerBridge,
+    "forward",
+)
+def _(original: Any) -> Any:
+    """The logits of a row of padding alone are zero."""
+
+    def forward(self: Any, *args: Any, attention_mask: Any = None, **named: Any) -> Any:
+        found = original(self, *args, attention_mask=attention_mask, **named)
+        flat = attention_mask is not None and attention_mask.ndim == 2
+        if flat and isinstance(found, torch.Tensor) and found.ndim == 3:
+            empty = (attention_mask == 0).all(dim=1)
+            found = found.masked_fill(empty[:, None, None], 0)
+        return found
+
+    return forward
