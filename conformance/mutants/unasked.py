@@ -70,3 +70,24 @@ def _(original: Any) -> Any:
         return found
 
     return forward
+
+
+@mutant(
+    "caching.later_chunk",
+    "run_with_cache over a key-value cache",
+    "chunks.edits",
+    OlmoTransformerBridge,
+    "run_with_cache",
+)
+def _(original: Any) -> Any:
+    """What is kept of a later chunk was computed without those before it."""
+
+    def run_with_cache(self: Any, *args: Any, past_key_values: Any = None, **named: Any) -> Any:
+        output, cache = original(self, *args, past_key_values=past_key_values, **named)
+        if past_key_values is not None and past_key_values.get_seq_length() > output.shape[1]:
+            mask = named.pop("attention_mask", None)
+            short = None if mask is None else mask[:, -output.shape[1] :]
+            _, cache = original(self, *args, attention_mask=short, **named)
+        return output, cache
+
+    return run_with_cache
