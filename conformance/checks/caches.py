@@ -174,7 +174,7 @@ def returned(adapter: Adapter, case: Case) -> Iterator[Gap]:
                 yield Gap(f"cache#{index}", "contract", "is not the cache that was given")
             cache = back
         with at_work("use_cache=False"):
-            asked = {"return_type": "logits_and_cache", "use_cache": False}
+            asked: dict[str, Any] = {"return_type": "logits_and_cache", "use_cache": False}
             _, none = chunks[0].forward(subject, None, **asked)
     if none is not None:
         yield Gap("cache", "extra", f"use_cache=False returned a {type(none).__name__}")

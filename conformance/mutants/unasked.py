@@ -91,3 +91,28 @@ def _(original: Any) -> Any:
         return output, cache
 
     return run_with_cache
+
+
+@mutant(
+    "returns.loss_before_hooks",
+    "a hook at the unembedding",
+    "returns.kinds",
+    OlmoTransformerBridge,
+    "forward",
+)
+def _(original: Any) -> Any:
+    """The loss is that of the logits before a hook edits them."""
+
+    def forward(self: Any, *args: Any, return_type: Any = "logits", **named: Any) -> Any:
+        found = original(self, *args, return_type=return_type, **named)
+        point = self.unembed.hook_out
+        if return_type not in ("loss", "both") or not point._forward_hooks:
+            return found
+        hooks, point._forward_hooks = point._forward_hooks, {}
+        try:
+            loss = original(self, *args, return_type="loss", **named)
+        finally:
+            point._forward_hooks = hooks
+        return loss if return_type == "loss" else (found[0], loss)
+
+    return forward
