@@ -6,6 +6,7 @@ from typing import Any
 from unicodedata import normalize
 
 import torch
+from transformer_lens import ActivationCache
 
 from adapter.compatibility import OlmoTransformerBridge
 from adapter.text import OlmoTextBridge
@@ -116,3 +117,41 @@ def _(original: Any) -> Any:
         return loss if return_type == "loss" else (found[0], loss)
 
     return forward
+
+
+@mutant(
+    "analysis.to_batch",
+    "a cache without its batch axis",
+    "caching.values",
+    OlmoTransformerBridge,
+    "run_with_cache",
+)
+def _(original: Any) -> Any:
+    """A cache that is moved to a device says that it has a batch axis again."""
+
+    class Moved(ActivationCache):
+        def to(self, device: Any) -> Any:
+            self.has_batch_dim = True
+            return super().to(device)
+
+    def run_with_cache(self: Any, *args: Any, **named: Any) -> Any:
+        output, cache = original(self, *args, **named)
+        if isinstance(cache, ActivationCache):
+            cache.__class__ = Moved
+        return output, cache
+
+    return run_with_cache
+
+
+@mutant("caching.order", "any", "caching.values", OlmoTransformerBridge, "run_with_cache")
+def _(original: Any) -> Any:
+    """What is kept is sorted by name."""
+
+    def run_with_cache(self: Any, *args: Any, **named: Any) -> Any:
+        output, cache = original(self, *args, **named)
+        held = cache.cache_dict if isinstance(cache, ActivationCache) else cache
+        for name in sorted(held):
+            held[name] = held.pop(name)
+        return output, cache
+
+    return run_with_cache
