@@ -6,7 +6,7 @@ from typing import Any
 from unicodedata import normalize
 
 import torch
-from transformer_lens import ActivationCache
+from transformer_lens import ActivationCache, FactoredMatrix
 
 from adapter.compatibility import OlmoTransformerBridge
 from adapter.text import OlmoTextBridge
@@ -155,3 +155,31 @@ def _(original: Any) -> Any:
         return output, cache
 
     return run_with_cache
+
+
+@mutant("circuits.dense", "any", "circuits.products", OlmoTransformerBridge, "OV")
+def _(original: Any) -> Any:
+    """The OV circuit is one dense matrix beside an identity: it has eigenvalues of no head."""
+
+    def dense(self: Any) -> FactoredMatrix:
+        whole = original.fget(self).AB
+        return FactoredMatrix(whole, torch.eye(whole.shape[-1], dtype=whole.dtype))
+
+    return property(dense)
+
+
+@mutant("circuits.eigenvalues", "several heads", "circuits.products", OlmoTransformerBridge, "QK")
+def _(original: Any) -> Any:
+    """The eigenvalues of the QK circuits of a layer are those of its first head."""
+
+    class Broken(FactoredMatrix):
+        @property
+        def eigenvalues(self) -> Any:
+            found = super().eigenvalues
+            return found[:, :1].expand_as(found) if found.ndim == 3 else found
+
+    def circuit(self: Any) -> FactoredMatrix:
+        whole = original.fget(self)
+        return Broken(whole.A, whole.B)
+
+    return property(circuit)
