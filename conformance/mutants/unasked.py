@@ -183,3 +183,20 @@ def _(original: Any) -> Any:
         return Broken(whole.A, whole.B)
 
     return property(circuit)
+
+
+@mutant(
+    "calls.logits_to_keep",
+    "logits_to_keep",
+    "calls.spelled",
+    OlmoTransformerBridge,
+    "forward",
+)
+def _(original: Any) -> Any:
+    """The first logits are kept instead of the last."""
+
+    def forward(self: Any, *args: Any, logits_to_keep: int = 0, **named: Any) -> Any:
+        found = original(self, *args, **named)
+        return found[:, :logits_to_keep] if logits_to_keep else found
+
+    return forward
