@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from unicodedata import normalize
 
@@ -119,6 +120,18 @@ def _(original: Any) -> Any:
     return forward
 
 
+def _giving(original: Any, kind: type[ActivationCache]) -> Any:
+    """A run_with_cache that gives caches of a kind."""
+
+    def run_with_cache(self: Any, *args: Any, **named: Any) -> Any:
+        output, cache = original(self, *args, **named)
+        if isinstance(cache, ActivationCache):
+            cache.__class__ = kind
+        return output, cache
+
+    return run_with_cache
+
+
 @mutant(
     "analysis.to_batch",
     "a cache without its batch axis",
@@ -134,13 +147,7 @@ def _(original: Any) -> Any:
             self.has_batch_dim = True
             return super().to(device)
 
-    def run_with_cache(self: Any, *args: Any, **named: Any) -> Any:
-        output, cache = original(self, *args, **named)
-        if isinstance(cache, ActivationCache):
-            cache.__class__ = Moved
-        return output, cache
-
-    return run_with_cache
+    return _giving(original, Moved)
 
 
 @mutant("caching.order", "any", "caching.values", OlmoTransformerBridge, "run_with_cache")
@@ -200,3 +207,71 @@ def _(original: Any) -> Any:
         return found[:, :logits_to_keep] if logits_to_keep else found
 
     return forward
+
+
+def _by_name(stack: torch.Tensor, labels: Any) -> torch.Tensor:
+    """The pieces of blocks in the order of the blocks' names: 0, 1, 10, 2."""
+    numbers = [re.match(r"L?(\d+)", label) for label in labels]
+    blocks = {at: number[1] for at, number in enumerate(numbers) if number}
+    named = sorted(blocks, key=lambda at: blocks[at])
+    stack = stack.clone()
+    stack[list(blocks)] = stack[named]
+    return stack
+
+
+@mutant(
+    "analysis.ten_layers",
+    "eleven blocks",
+    "decompositions.components",
+    OlmoTransformerBridge,
+    "run_with_cache",
+)
+def _(original: Any) -> Any:
+    """decompose_resid takes blocks in the order of their names."""
+
+    class Sorted(ActivationCache):
+        def decompose_resid(self, *args: Any, return_labels: bool = False, **named: Any) -> Any:
+            stack, labels = super().decompose_resid(*args, return_labels=True, **named)
+            stack = _by_name(stack, labels)
+            return (stack, labels) if return_labels else stack
+
+    return _giving(original, Sorted)
+
+
+@mutant(
+    "analysis.ten_layers_of_heads",
+    "eleven blocks",
+    "decompositions.heads",
+    OlmoTransformerBridge,
+    "run_with_cache",
+)
+def _(original: Any) -> Any:
+    """stack_head_results takes blocks in the order of their names."""
+
+    class Sorted(ActivationCache):
+        def stack_head_results(self, *args: Any, return_labels: bool = False, **named: Any) -> Any:
+            stack, labels = super().stack_head_results(*args, return_labels=True, **named)
+            stack = _by_name(stack, labels)
+            return (stack, labels) if return_labels else stack
+
+    return _giving(original, Sorted)
+
+
+@mutant(
+    "analysis.long_results",
+    "more than 32 tokens",
+    "decompositions.heads",
+    OlmoTransformerBridge,
+    "run_with_cache",
+)
+def _(original: Any) -> Any:
+    """stack_head_results is wrong on more than 32 tokens."""
+
+    class Short(ActivationCache):
+        def stack_head_results(self, *args: Any, **named: Any) -> Any:
+            found = super().stack_head_results(*args, **named)
+            if self["blocks.0.attn.hook_z"].shape[-3] <= 32:
+                return found
+            return (found[0] / 2, *found[1:]) if isinstance(found, tuple) else found / 2
+
+    return _giving(original, Short)
