@@ -230,10 +230,9 @@ def _(original: Any) -> Any:
     """decompose_resid takes blocks in the order of their names."""
 
     class Sorted(ActivationCache):
-        def decompose_resid(self, *args: Any, return_labels: bool = False, **named: Any) -> Any:
-            stack, labels = super().decompose_resid(*args, return_labels=True, **named)
-            stack = _by_name(stack, labels)
-            return (stack, labels) if return_labels else stack
+        def decompose_resid(self, *args: Any, **named: Any) -> Any:
+            stack, labels = super().decompose_resid(*args, **named)
+            return _by_name(stack, labels), labels
 
     return _giving(original, Sorted)
 
@@ -249,10 +248,9 @@ def _(original: Any) -> Any:
     """stack_head_results takes blocks in the order of their names."""
 
     class Sorted(ActivationCache):
-        def stack_head_results(self, *args: Any, return_labels: bool = False, **named: Any) -> Any:
-            stack, labels = super().stack_head_results(*args, return_labels=True, **named)
-            stack = _by_name(stack, labels)
-            return (stack, labels) if return_labels else stack
+        def stack_head_results(self, *args: Any, **named: Any) -> Any:
+            stack, labels = super().stack_head_results(*args, **named)
+            return _by_name(stack, labels), labels
 
     return _giving(original, Sorted)
 
