@@ -10,6 +10,8 @@ import torch
 from transformer_lens import ActivationCache, FactoredMatrix
 
 from adapter.compatibility import OlmoTransformerBridge
+from adapter.mlp import OlmoMLPBridge
+from adapter.normalization import OlmoLayerNormBridge
 from adapter.text import OlmoTextBridge
 from conformance.mutants.catalogue import mutant
 
@@ -273,3 +275,39 @@ def _(original: Any) -> Any:
             return (found[0] / 2, *found[1:]) if isinstance(found, tuple) else found / 2
 
     return _giving(original, Short)
+
+
+@mutant(
+    "torch_hooks.backward",
+    "a backward hook of PyTorch's",
+    "hook_api.torch",
+    OlmoMLPBridge,
+    "register_full_backward_hook",
+)
+def _(original: Any) -> Any:
+    """A full backward hook on an MLP is called twice."""
+
+    def register(self: Any, hook: Any, *args: Any, **named: Any) -> Any:
+        original(self, lambda *told: hook(*told) and None, *args, **named)
+        return original(self, hook, *args, **named)
+
+    return register
+
+
+@mutant(
+    "torch_hooks.backward_of_input",
+    "a backward hook of PyTorch's",
+    "hook_api.torch",
+    OlmoLayerNormBridge,
+    "register_full_backward_hook",
+)
+def _(original: Any) -> Any:
+    """A full backward hook on a LayerNorm is told the gradient of its input as its output's."""
+
+    def register(self: Any, hook: Any, *args: Any, **named: Any) -> Any:
+        def swapped(module: Any, inputs: Any, outputs: Any) -> Any:
+            return hook(module, outputs, inputs)
+
+        return original(self, swapped, *args, **named)
+
+    return register
