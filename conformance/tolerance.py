@@ -246,6 +246,18 @@ def of_composition(dtype: torch.dtype) -> Allowance:
     return Allowance(0.0, atol, "singular values instead of dense products")
 
 
+def of_eigenvalues(dtype: torch.dtype) -> Allowance:
+    """The allowance of the sum of a circuit's eigenvalues, or of their squares.
+
+    Args:
+        dtype: What they were computed in: float32 or float64. A sum is told in units of the norm of
+            all sizes that were multiplied, or of its square: measured up to 4.4 eps in float32, and
+            5.3 in float64, over 500 drawn models and the trained one. A head that is mixed up is
+            off by a hundredth and more.
+    """
+    return Allowance(0.0, 16 * torch.finfo(dtype).eps, "eigenvalues instead of traces")
+
+
 def of_processed(size: torch.Tensor, dtype: torch.dtype) -> Allowance:
     """The allowance of a weight that processing took a mean out of, or summed a bias into.
 

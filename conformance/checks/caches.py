@@ -42,10 +42,22 @@ class Chunk:
     start: int
     stop: int
 
-    def forward(self, subject: Subject, cache: Cache | None, **more: Any) -> Any:
+    def forward(
+        self,
+        subject: Subject,
+        cache: Cache | None,
+        call: Callable[..., Any] | None = None,
+        **more: Any,
+    ) -> Any:
         """What a model returns: of a bridge the logits, unless another return_type is asked for.
 
         The reference is told the positions that a bridge derives from the mask itself.
+
+        Args:
+            subject: Whose model.
+            cache: What the chunks before it have filled.
+            call: A method of the model to call in its place.
+            more: What else it is asked.
         """
         data, columns = self.data, slice(self.start, self.stop)
         given: dict[str, Any] = {"use_cache": True, "past_key_values": cache, **more}
@@ -56,7 +68,8 @@ class Chunk:
                 positions = derived_positions(given["attention_mask"])
         if positions is not None:
             given["position_ids"] = positions[:, columns]
-        return (subject.bridge or subject.model)(data.tokens[:, columns], **given)
+        call = call or subject.bridge or subject.model
+        return call(data.tokens[:, columns], **given)
 
     def logits(self, subject: Subject, cache: Cache | None) -> torch.Tensor:
         """The logits ``[batch, chunk, d_vocab]``."""
@@ -161,7 +174,7 @@ def returned(adapter: Adapter, case: Case) -> Iterator[Gap]:
                 yield Gap(f"cache#{index}", "contract", "is not the cache that was given")
             cache = back
         with at_work("use_cache=False"):
-            asked = {"return_type": "logits_and_cache", "use_cache": False}
+            asked: dict[str, Any] = {"return_type": "logits_and_cache", "use_cache": False}
             _, none = chunks[0].forward(subject, None, **asked)
     if none is not None:
         yield Gap("cache", "extra", f"use_cache=False returned a {type(none).__name__}")

@@ -105,8 +105,9 @@ def _toggled(cache: Any) -> Iterator[Gap]:
 @check(
     "caching.values",
     "run_with_cache keeps just the names asked for (by a string, list or filter, canonical or "
-    "alias), each with the reference's tensor at the positions, behind flags too, on the device "
-    "and in the shape asked for, and changes neither the logits nor the bridge.",
+    "alias), in the order of firing, each with the reference's tensor at the positions, behind "
+    "flags too, on the device and in the shape asked for, moved there again or not, and changes "
+    "neither the logits nor the bridge.",
     cases,
     examples=0.7,
 )
@@ -121,6 +122,9 @@ def values(adapter: Adapter, case: Case) -> Iterator[Gap]:
     before = attached(subject)
     logits, cache = run_with_cache(subject, case, inputs(case).tokens, **wish.named)
     yield from changes(before, attached(subject), "after run_with_cache")
+    if wish.named["return_cache_object"]:
+        with quiet(), at_work("cache.to"):
+            cache = cache.to(wish.named["device"] or "cpu")
     batched = getattr(cache, "has_batch_dim", None)
     if batched is wish.named["remove_batch_dim"]:  # None of a dict
         yield Gap("has_batch_dim", "contract", f"is {batched}, whatever the tensors have")
@@ -140,6 +144,9 @@ def values(adapter: Adapter, case: Case) -> Iterator[Gap]:
         pick = picking(site, wish.positions, batchless=wish.named["remove_batch_dim"])
         return lambda tensor: pick(tensor).to(device)
 
+    order = [name for name in cache if name in every]
+    if order != (fired := [name for name in every if name in order]):
+        yield Gap("cache", "order", f"{order} instead of {fired}")
     for name in sorted(set(wish.names) - cache.keys()):
         yield Gap(name, "missing", "not in the cache, though asked for")
     for name, tensor in cache.items():

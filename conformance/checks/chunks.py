@@ -15,7 +15,7 @@ from conformance.checks.caches import chunked_runs, chunks_of, differing_caches,
 from conformance.checks.interventions import edited_runs
 from conformance.checks.layernorm import wide_models
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of, in_one_forward
+from conformance.checks.support import bridge_of, drawing, in_one_forward
 from conformance.compare import Gap, bitwise, compare_values, within
 from conformance.inputs import inputs
 from conformance.observe import observe, sites_of
@@ -97,7 +97,8 @@ def second_chunk_cases() -> SearchStrategy[Case]:
 @check(
     "chunks.edits",
     "Hooks and edits on the second of three chunks see and change what they do on the reference: "
-    "its values, the third chunk by way of the cache, and nothing of the first.",
+    "its values, those that run_with_cache keeps too, the third chunk by way of the cache, and "
+    "nothing of the first.",
     second_chunk_cases,
     examples=0.35,
 )
@@ -122,17 +123,25 @@ def edits(adapter: Adapter, case: Case) -> Iterator[Gap]:
     cache = DynamicCache(config=subject.model.config)
     bridge = bridge_of(subject)
     ours.begin(case)
+    shown = [ours.values]
     with from_the_seed(case, subject), at_work("hooks on the second chunk"):
         actual = [first.logits(subject, cache)]
         with bridge.hooks(fwd_hooks=hooks_at(sites, ours)):
-            actual.append(second.logits(subject, cache))
+            if drawing(case)(2):
+                asked = {"call": bridge.run_with_cache, "names_filter": list(sites)}
+                logits, kept = second.forward(subject, cache, **asked)
+                shown.append(dict(kept.items()))
+            else:
+                logits = second.logits(subject, cache)
+        actual.append(logits)
         actual.append(third.logits(subject, cache))
 
     yield from bitwise("logits of the first chunk", expected[0], actual[0])
-    yield from compare_values(
-        Observation(expected[1], seen[1]),
-        Observation(actual[1], ours.values, fired=tuple(ours.fired)),
-        sites,
-    )
+    for values in shown:
+        yield from compare_values(
+            Observation(expected[1], seen[1]),
+            Observation(actual[1], values, fired=tuple(ours.fired)),
+            sites,
+        )
     yield from bitwise("logits of the third chunk", expected[2], actual[2])
     yield from differing_caches(due, cache)

@@ -10,13 +10,14 @@ from hypothesis.strategies import SearchStrategy
 from transformer_lens import FactoredMatrix
 
 from conformance.checks.registry import Adapter, check
+from conformance.checks.relations import WIDE
 from conformance.checks.weights import shaped_cases
-from conformance.compare import Gap, compare_tensors
+from conformance.compare import Gap, compare_tensors, within
 from conformance.parts import stacked, weights
 from conformance.spec import Case
 from conformance.strategies import cases, model_specs
 from conformance.subjects import Subject, at_work, bridged
-from conformance.tolerance import of_composition, of_product
+from conformance.tolerance import of_composition, of_eigenvalues, of_product
 
 
 def _by_query_head(subject: Subject, case: Case) -> dict[str, torch.Tensor]:
@@ -33,10 +34,41 @@ def _by_query_head(subject: Subject, case: Case) -> dict[str, torch.Tensor]:
     return {"W_Q": found["W_Q"], "W_O": found["W_O"], **shared}
 
 
+def _decomposes(dtype: torch.dtype) -> bool:
+    """Whether this release has singular values of a dtype: known defect composition-short-dtype."""
+    one = torch.ones((1, 1), dtype=dtype)
+    try:
+        FactoredMatrix(one, one).svd()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _eigenvalue_gaps(
+    name: str, left: torch.Tensor, right: torch.Tensor, got: torch.Tensor, dtype: torch.dtype
+) -> Iterator[Gap]:
+    """The gaps of a circuit's eigenvalues, as many as a head has entries.
+
+    They have no order, so that sums of their powers are compared: traces of the inner products.
+    """
+    inner = right @ left
+    size = torch.linalg.matrix_norm(right.abs() @ left.abs())
+    if got.shape != inner.shape[:-1] or not got.is_complex():
+        told = f"{got.dtype} {list(got.shape)} instead of {list(inner.shape[:-1])}"
+        yield Gap(f"{name}.eigenvalues", "shape", told)
+    elif dtype in WIDE:
+        for power in (1, 2):
+            trace = torch.linalg.matrix_power(inner, power).diagonal(dim1=-2, dim2=-1).sum(-1)
+            total = torch.view_as_real(got.to(torch.complex128).pow(power).sum(-1))
+            due, scale = torch.view_as_real(trace.to(torch.complex128)), size[..., None] ** power
+            label = f"{name}.eigenvalues, the sum of powers of {power}"
+            yield from within(of_eigenvalues(dtype), label, due / scale, total / scale)
+
+
 @check(
     "circuits.products",
     "The QK and OV circuits are the dense products of Hugging Face's weights, head by head, also "
-    "where heads share keys and values.",
+    "where heads share keys and values, and have their eigenvalues.",
     shaped_cases,
     examples=0.3,
 )
@@ -60,22 +92,16 @@ def products(adapter: Adapter, case: Case) -> Iterator[Gap]:
             }
         if list(indices) != layers:
             yield Gap(f"{other}()", "contract", f"says that the layers are {indices}")
+        if _decomposes(dtype):
+            with at_work(f"the eigenvalues of {name}"):
+                values = getattr(bridge, name).eigenvalues.detach()
+            yield from _eigenvalue_gaps(name, left, right, values, dtype)
         due = (left @ right).to(dtype)
         for label, got in found.items():
             allowance = of_product(left, right, dtype)
             wanted = due[-1, -1] if label.endswith("]") else due
             gap = compare_tensors(label, wanted, got, allowance)
             yield from [gap] if gap else []
-
-
-def _decomposes(dtype: torch.dtype) -> bool:
-    """Whether this release has singular values of a dtype: known defect composition-short-dtype."""
-    one = torch.ones((1, 1), dtype=dtype)
-    try:
-        FactoredMatrix(one, one).svd()
-    except NotImplementedError:
-        return False
-    return True
 
 
 def layered_cases() -> SearchStrategy[Case]:

@@ -12,7 +12,7 @@ from transformer_lens.utilities.slice import Slice
 
 from conformance.checks.pieces import Piece, total
 from conformance.checks.registry import Adapter, check
-from conformance.checks.taken import Taken, taken, told_of
+from conformance.checks.taken import Taken, large_cases, taken, told_of
 from conformance.compare import Gap
 from conformance.spec import Case
 from conformance.strategies import cases
@@ -97,7 +97,7 @@ def accumulated_gaps(run: Taken) -> Iterator[Gap]:
     "decompose_resid and accumulated_resid give Hugging Face's own tensors, of the layers and "
     "positions asked for, in order and rightly named; through a LayerNorm with the scale of the "
     "layer that reads them; the components sum to its input and, at the end, to the logits.",
-    cases,
+    large_cases,
     examples=0.8,
 )
 def components(adapter: Adapter, case: Case) -> Iterator[Gap]:
@@ -130,7 +130,7 @@ def heads_gaps(run: Taken) -> Iterator[Gap]:
     "stack_head_results gives each head's z times its columns of Hugging Face's output projection, "
     "also where heads share keys and values, and as remainder all that is left; with the remainder "
     "and the final LayerNorm it sums to the logits.",
-    cases,
+    large_cases,
     examples=0.7,
 )
 def heads(adapter: Adapter, case: Case) -> Iterator[Gap]:

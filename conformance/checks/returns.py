@@ -90,7 +90,7 @@ def _of_a_second_chunk(subject: Subject, case: Case, data: Inputs) -> Iterator[G
         logits = second.forward(truth, filled[0]).logits
     with from_the_seed(case, subject), at_work("the loss of a second chunk"):
         first.forward(subject, filled[1])
-        asked = {"return_type": "loss", "loss_per_token": True}
+        asked: dict[str, Any] = {"return_type": "loss", "loss_per_token": True}
         losses = second.forward(subject, filled[1], **asked)
     labels = _counted(data.tokens, data.attention_mask)[:, cut:]
     yield from bitwise("losses of a second chunk", _losses(logits, labels), losses)
@@ -100,7 +100,8 @@ def _of_a_second_chunk(subject: Subject, case: Case, data: Inputs) -> Iterator[G
     "returns.kinds",
     "return_type logits, loss, both, None and logits_and_cache, with and without loss_per_token "
     "and labels, give the reference's logits and their cross entropy over the pairs that count, "
-    "those of a second chunk over a cache too; every hook fires where nothing is returned.",
+    "those of a second chunk over a cache too, and as a hook at the unembedding leaves them; every "
+    "hook fires where nothing is returned.",
     predicting_cases,
     examples=0.2,
 )
@@ -124,11 +125,14 @@ def kinds(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield Gap(name, "missing", "never fired with return_type=None")
     yield from bitwise("logits of logits_and_cache", expected, logits)
     yield from _of_a_second_chunk(subject, case, data)
+    hooks: list[tuple[Any, Any]] = []
+    if drawing(case)(2):
+        hooks, expected = [("unembed.hook_out", lambda tensor, hook: tensor / 2)], expected / 2
     for given in (None, _labels(case, data)):
         name = "loss" if given is None else "loss of labels"
         labels = _counted(data.tokens if given is None else given, data.attention_mask)
         asked = rest if given is None else {**rest, "labels": given}
-        with at_work(name), torch.no_grad():
+        with at_work(name), torch.no_grad(), bridge.hooks(fwd_hooks=hooks):
             logits = bridge(data.tokens, **asked)
             each = bridge(data.tokens, return_type="loss", loss_per_token=True, **asked)
             beside, mean = bridge(data.tokens, return_type="both", **asked)

@@ -36,6 +36,9 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
 }
 # What is added to a text: characters of many bytes, an END inside, blanks that are tokens.
 SPICES = ("", "", " naïve café —", "日本", "😀", "\n\n", f" so.{END}Then", "  ")
+# What is rarely said: nothing; and characters of which another normalization than the tokenizer
+# file's makes others, a letter and its accent, another end of line.
+RARE = ("", "\ufb01 \u2460 \uff21 e\u0301\r\n")
 # What the trained model goes on with: it has learned to repeat what repeats itself, bytes too.
 REPEATED = "日本" * 3
 
@@ -113,6 +116,11 @@ class Script:
         made.padding_side = self.own_side
         return made  # type: ignore[no-any-return]
 
+    def said(self) -> Script:
+        """The same with a letter in the place of each text of no token, not even BOS."""
+        texts = zip(self.texts, self.rows(), strict=True)
+        return replace(self, texts=tuple(text if row else "a" for text, row in texts))
+
     def rows(self, *, truncate: bool = True) -> list[list[int]]:
         """The token ids of each text."""
         bos = [] if self.prepend is False else [BOS]
@@ -128,7 +136,6 @@ def script(case: Case, *, fits: int | None = None, repeats: bool = False) -> Scr
         repeats: Add `REPEATED` to every other text.
     """
     draw = Random(case.run.token_seed)
-    room = case.model.max_position_embeddings
     texts = []
     for _ in range(case.run.batch):
         start = draw.randrange(len(held_out()) - 800)
@@ -142,14 +149,18 @@ def script(case: Case, *, fits: int | None = None, repeats: bool = False) -> Scr
         while fits is not None and len(ids(text)) >= fits:
             text = text[len(text) // 2 :]
         texts.append(text or "a")
-    return Script(
+    told = Script(
         texts=tuple(texts),
         setup=draw.choice(sorted(TOKENIZERS)),
         prepend=draw.choice((None, True, False)),
         side=draw.choice((None, "left", "right")),
         own_side=draw.choice(("left", "right")),
-        room=room,
+        room=case.model.max_position_embeddings,
     )
+    if fits is None:
+        rare = [draw.choice(RARE) if draw.random() < 0.25 else text for text in texts]
+        told = replace(told, texts=tuple(rare)).said()
+    return told
 
 
 def padded(rows: list[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:

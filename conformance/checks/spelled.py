@@ -66,7 +66,7 @@ def _ways(
     "What a call is given by position, under TransformerLens' older names, or by way of "
     "run_with_hooks and run_with_cache, on tokens and on embeddings, means what it means by name; "
     "loss_fn is the loss of a forward, and a mask of every query that of its tokens; one row of "
-    "position_ids is every row's, as it is to Hugging Face.",
+    "position_ids is every row's, and logits_to_keep the last ones, as it is to Hugging Face.",
     masked_cases,
     examples=0.3,
 )
@@ -100,13 +100,14 @@ def spelled(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield from _losses(bridge, data, each=bool(draw(2)))
         yield from _older_flag(bridge, data)
         positions = torch.tensor([[draw(case.model.max_position_embeddings) for _ in words[0]]])
-        yield from _one_row(truth, bridge, source, {**rest, "position_ids": positions}, mask)
+        given = {**rest, "position_ids": positions, "logits_to_keep": draw(1 + case.run.seq_len)}
+        yield from _one_row(truth, bridge, source, given, mask)
 
 
 def _one_row(
     truth: Subject, bridge: Any, source: torch.Tensor, given: dict[str, Any], mask: torch.Tensor
 ) -> Iterator[Gap]:
-    """The logits of several rows at the positions of one, under a mask of theirs."""
+    """The last logits of several rows at the positions of one, under a mask of theirs."""
     name = "inputs_embeds" if source.is_floating_point() else "input_ids"
     due = truth.model.train(False)(**{name: source}, attention_mask=mask, **given).logits
     with at_work("one row of positions"):

@@ -8,6 +8,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
 from transformer_lens import ActivationCache
 from transformer_lens.utilities.slice import Slice
 
@@ -20,9 +22,13 @@ from conformance.compare import Gap, within
 from conformance.inputs import inputs
 from conformance.observe import observe, options, sites_of, started
 from conformance.sites import observable
-from conformance.spec import Case
+from conformance.spec import Case, ModelSpec, RunSpec
+from conformance.strategies import LENGTHS, cases, model_specs, run_specs
 from conformance.subjects import at_work, bridged, reference
 from conformance.tolerance import exactly, of_pieces
+
+MANY = 11  # the last block has a number of two digits
+LONG = 40
 
 View = Callable[[torch.Tensor], torch.Tensor]
 
@@ -166,6 +172,18 @@ class Taken:
         return greatest_move(self.due.truth, self.case, underived(observable(self.case.model)))
 
 
+def large_cases() -> SearchStrategy[Case]:
+    """Cases of which few have eleven blocks, of which all are asked for, and few forty tokens."""
+    layers = st.sampled_from((1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 3, MANY))
+    rooms = st.sampled_from((*range(4, 25), LONG, LONG))
+
+    def runs(model: ModelSpec) -> SearchStrategy[RunSpec]:
+        long = model.max_position_embeddings == LONG
+        return run_specs(model, lengths=st.just(LONG) if long else LENGTHS)
+
+    return cases(models=model_specs(layers=layers, rooms=rooms), runs=runs)
+
+
 def taken(adapter: Adapter, case: Case) -> Taken:
     """Run a bridge with a cache, in compatibility mode if processing is asked for."""
     case = in_one_forward(case)
@@ -179,7 +197,7 @@ def taken(adapter: Adapter, case: Case) -> Taken:
     batchless = case.run.batch == 1 and bool(draw(2))
     pos_slice, positions = some_positions(case.run.seq_len, draw)
     layers = case.model.num_hidden_layers
-    layer = draw(layers + 1) if draw(2) else layers
+    layer = draw(layers + 1) if draw(2) and layers < MANY else layers
     mlp_input = layer < layers and bool(draw(2))
     given = {"return_type": "logits", **options(subject, case)}
     with at_work("run_with_cache"), torch.no_grad(), started(subject, case):

@@ -33,7 +33,8 @@ from conformance.tolerance import of_loss
     "text.tokens",
     "to_tokens, to_string, to_str_tokens, to_single_token, to_single_str_token and "
     "get_token_position say what the tokenizer file says: BOS or none, padding on either side, "
-    "truncation, one text or several; a tokenizer or default of BOS that is set later counts.",
+    "truncation, one text or several, empty or not; a tokenizer or default of BOS "
+    "that is set later counts.",
     text_cases,
     examples=0.4,
 )
@@ -63,6 +64,7 @@ def _tokens(bridge: Any, case: Case, told: Script) -> Iterator[Gap]:
     yield from same("the tokenizer's padding_side", told.own_side, bridge.tokenizer.padding_side)
     rows = told.rows()
     strings = [[decoded([token]) for token in row] for row in rows]
+    batch = [decoded(row) for row in due.tolist()]
     with at_work("to_str_tokens and to_string"):
         prepend = told.prepend
         pairs = {
@@ -73,7 +75,8 @@ def _tokens(bridge: Any, case: Case, told: Script) -> Iterator[Gap]:
             "to_str_tokens(array)": (strings[0], bridge.to_str_tokens(np.array(rows[0]))),
             "to_string(list)": (decoded(rows[0]), bridge.to_string(rows[0])),
             "to_string(tensor)": (decoded(rows[-1]), bridge.to_string(torch.tensor(rows[-1]))),
-            "to_string(batch)": ([decoded(row) for row in due.tolist()], bridge.to_string(due)),
+            "to_string(lists)": (batch, bridge.to_string(due.tolist())),
+            "to_string(batch)": (batch, bridge.to_string(due)),
         }
     for name, (said, got) in pairs.items():
         yield from same(name, said, got)
@@ -84,10 +87,11 @@ def _set_later(bridge: Any, told: Script) -> Iterator[Gap]:
     """A tokenizer of another kind that pads on the other side, and then no BOS by default."""
     bridge.tokenizer = told.tokenizer()
     for prepend in (None, False):
-        due = padded(replace(told, prepend=prepend).rows(), left=told.left)[0]
+        asked = replace(told, prepend=prepend).said()
+        due = padded(asked.rows(), left=told.left)[0]
         with at_work("to_tokens by what has been set since"):
             bridge.cfg.default_prepend_bos = prepend is None
-            got = bridge.to_tokens(list(told.texts))
+            got = bridge.to_tokens(list(asked.texts))
         yield from same(f"to_tokens of a tokenizer set later, {prepend=}", due, got)
 
 

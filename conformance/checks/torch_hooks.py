@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,13 +32,25 @@ def _halved(_module: nn.Module, _args: Any, output: Any) -> Any:
 
 
 def _heard(
-    subject: Subject, case: Case, modules: Mapping[str, nn.Module], edited: Iterable[str]
-) -> tuple[Observation, Seen]:
+    subject: Subject,
+    case: Case,
+    modules: Mapping[str, nn.Module],
+    edited: Iterable[str],
+    backwards: Iterable[str],
+) -> tuple[Observation, Seen, Seen]:
     """One forward with a hook on each module, and edits on some: what every call gave.
 
     An edit comes after what its own module shows. All hooks are taken off again.
+
+    Args:
+        subject: Whose modules.
+        case: How to run it.
+        modules: The modules by name.
+        edited: Which outputs are halved.
+        backwards: Which modules have a backward hook too; if none has, there is no backward.
     """
     seen: dict[str, list[tuple[torch.Tensor, ...]]] = {name: [] for name in modules}
+    sent: dict[str, list[tuple[torch.Tensor, ...]]] = {name: [] for name in backwards}
 
     def keep(name: str) -> Any:
         def keeping(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -46,12 +59,23 @@ def _heard(
 
         return keeping
 
+    def keep_gradients(name: str) -> Any:
+        def keeping(_module: nn.Module, _inputs: Any, gradients: Any) -> None:
+            tensors = (gradient for gradient in gradients if gradient is not None)
+            sent[name].append(tuple(tensor.detach().clone() for tensor in tensors))
+
+        return keeping
+
     handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     handles += [modules[name].register_forward_hook(_halved) for name in edited]
-    shown = observe(subject, case, backward=False)
+    handles += [modules[name].register_full_backward_hook(keep_gradients(name)) for name in sent]
+    with warnings.catch_warnings():
+        # Said of a module none of whose inputs has a gradient.
+        warnings.filterwarnings("ignore", "Full backward hook is firing")
+        shown = observe(subject, case, backward=bool(sent))
     for handle in handles:
         handle.remove()
-    return shown, seen
+    return shown, seen, sent
 
 
 def _bridge_modules(subject: Subject, every: list[Part]) -> dict[str, nn.Module]:
@@ -69,7 +93,8 @@ def _bridge_modules(subject: Subject, every: list[Part]) -> dict[str, nn.Module]
     "hook_api.torch",
     "PyTorch's own forward hooks on every component, and on the module it wraps (but attention's, "
     "which is not run), are called once a forward, under flags too, see what the same hooks see on "
-    "Hugging Face's model, and what they return has the effect that it has there.",
+    "Hugging Face's model, and what they return has the effect that it has there; full "
+    "backward hooks, but under flags and where Hugging Face clamps in place, see its gradients.",
     lambda: cases(runs=lambda model: run_specs(model, flags=legal_flags())),
     examples=0.15,
 )
@@ -78,25 +103,53 @@ def torch_hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     case, draw = in_one_forward(case), drawing(case)
     every = parts(case.model)
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
-    if draw(3):
+    flagged = bool(draw(3))
+    if flagged:
         turn(subject, case.run.flags, True)
     modules = _bridge_modules(subject, every)
     edited = [name for name in modules if draw(3) == 0]
     truth = reference(case.model)
     there = {part.path: truth.model.get_submodule(part.module) for part in every}
-    expected, due = _heard(truth, case, there, [name.removesuffix(INSIDE) for name in edited])
-    actual, got = _heard(subject, case, modules, edited)
+    # Under a flag gradients are summed in another order.
+    backwards = [] if flagged else [name for name in modules if not _clamped(name, truth)]
+    plain = [name for name in there if name in backwards]
+    halved = [_path(name) for name in edited]
+    expected, due, due_back = _heard(truth, case, there, halved, plain)
+    actual, got, got_back = _heard(subject, case, modules, edited, backwards)
+    yield from _differing("hooks", due, got, [name for name in modules if name + INSIDE in edited])
+    outside = [name for name in modules if name.endswith(INSIDE) and _path(name) in edited]
+    yield from _differing("backward hooks", due_back, got_back, outside)
+    yield from logits_gap(expected, actual, f"logits with halved outputs of {', '.join(edited)}")
+
+
+def _path(name: str) -> str:
+    return name.removesuffix(INSIDE)
+
+
+def _differing(kind: str, due: Seen, got: Seen, edited: Collection[str]) -> Iterator[Gap]:
+    """The gaps of what hooks were called with.
+
+    Args:
+        kind: Of the hooks.
+        due: What the reference's modules gave, by path.
+        got: What the components gave and what they wrap.
+        edited: Those of them between which and what the reference gave an output is halved.
+    """
     for name, calls in got.items():
-        if len(calls) != len(due[name.removesuffix(INSIDE)]):
-            told = f"its PyTorch hooks are called {len(calls)} times, not once"
+        if len(calls) != len(due[_path(name)]):
+            told = f"its PyTorch {kind} are called {len(calls)} times, not once"
             yield Gap(name, "contract", told)
     for name, calls in got.items():
-        path = name.removesuffix(INSIDE)
-        for wanted, tensors in zip(due[path], calls, strict=False):
-            if name == path and path + INSIDE in edited:
-                wanted = _halved(modules[name], (), wanted)
-            yield from exact_gaps(_numbered(name, wanted), _numbered(name, tensors))
-    yield from logits_gap(expected, actual, f"logits with halved outputs of {', '.join(edited)}")
+        for wanted, tensors in zip(due[_path(name)], calls, strict=False):
+            if name in edited:
+                wanted = _halved(nn.Identity(), (), wanted)
+            label = name if kind == "hooks" else f"{name}, gradient"
+            yield from exact_gaps(_numbered(label, wanted), _numbered(label, tensors))
+
+
+def _clamped(name: str, truth: Subject) -> bool:
+    """Whether Hugging Face clamps a module's output in place, which backward hooks forbid."""
+    return truth.clamps and _path(name).endswith((".q", ".k", ".v"))
 
 
 def _numbered(name: str, tensors: tuple[torch.Tensor, ...]) -> dict[str, torch.Tensor]:
