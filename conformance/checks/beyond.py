@@ -9,9 +9,12 @@ from math import sqrt
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from conformance.checks.forked import without_edits
+from conformance.checks.interventions import BEARABLE, block_edits
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import drawing, everywhere_gaps, has_exact, in_one_forward
-from conformance.compare import Gap
+from conformance.compare import Gap, compare_values
+from conformance.observe import observe, sites_of
 from conformance.spec import POSITIONS, Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs, run_specs
 from conformance.subjects import bridged, patched, reference
@@ -50,6 +53,7 @@ def _runs(model: ModelSpec) -> SearchStrategy[RunSpec]:
         lengths=st.sampled_from((*_LENGTHS, 1030) if few else _LENGTHS),
         batches=BATCHES,
         positions=st.sampled_from(POSITIONS),
+        edits=block_edits(range(model.num_hidden_layers), (*BEARABLE, *("in_place",) * 4)),
     )
 
 
@@ -63,18 +67,31 @@ def long_cases() -> SearchStrategy[Case]:
     "forward.long",
     "On dozens and hundreds of tokens, at positions beyond max_position_embeddings, with as many "
     "and as wide heads as published models have, every value and every gradient of the bridged and "
-    "of the exactly patched model is the reference's.",
+    "of the exactly patched model is the reference's, with edits everywhere in a block too.",
     long_cases,
-    examples=0.2,
+    examples=0.3,
 )
 def long(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Models with room for the input, or for an eighth of what it was drawn for."""
+    """Models with room for the input, or for an eighth of what it was drawn for. A third is bare.
+
+    Edits in place are made without a gradient: PyTorch refuses most of them under one.
+    """
     case, draw = in_one_forward(case), drawing(case)
     room = case.model.max_position_embeddings // (1, 8)[draw(2)]
     model = replace(case.model, max_position_embeddings=room)
     subject = bridged(model, adapter, prepared=case.run.prepared)
-    yield from everywhere_gaps(reference(model), subject, case)
+    bare = without_edits(case)
+    if draw(3) == 0:
+        case = bare
+    if any(edit.kind == "in_place" for edit in case.run.edits):
+        every = sites_of(subject, case)
+        runs = (
+            observe(who, case, sites=every, backward=False) for who in (reference(model), subject)
+        )
+        yield from compare_values(*runs, every)
+    else:
+        yield from everywhere_gaps(reference(model), subject, case)
     if has_exact(adapter):
         subject = patched(model, adapter, exact_clip=True)
-        for gap in everywhere_gaps(reference(model), subject, case):
+        for gap in everywhere_gaps(reference(model), subject, bare):
             yield replace(gap, site=f"patched: {gap.site}")

@@ -142,7 +142,10 @@ def _masked(case: Case) -> tuple[Inputs, torch.Tensor]:
         raise NotApplicable("nothing is padded: there is no mask")
     if case.run.token_seed % 2 and case.model.dtype != "float64":  # NaN: see `run_specs`
         blank = torch.arange(case.run.batch)[:, None] == case.run.token_seed % case.run.batch
-        mask, tokens = mask.masked_fill(blank, 0), data.tokens.masked_fill(blank, PAD_TOKEN)
+        mask, tokens = (
+            mask.masked_fill(blank, 0),
+            data.tokens.masked_fill(blank, case.model.pad_token_id or 0),
+        )
         data = replace(data, tokens=tokens, attention_mask=mask)
     return data, mask
 

@@ -78,22 +78,19 @@ def edited_cases() -> SearchStrategy[Case]:
 
 
 # Of what all sites of a block can bear at once: nothing that leaves nothing for the next to change.
-_BEARABLE = ("scale", "noise", "one_head", "one_position")
-_DEPTHS = st.sampled_from((*(1, 1, 1, 2, 2, 2, 3) * 9, 5, 5, 11))
+BEARABLE = ("scale", "noise", "one_head", "one_position")
+_SHALLOW, _DEEP = (1, 1, 1, 2, 2, 2, 3), (5, 5, 11)
 _INNER = tuple(dict.fromkeys(row for row in _ROWS if "{i}" in row))
 
 
-def deep_cases(
-    shallow: Callable[[ModelSpec], SearchStrategy[RunSpec]],
-    *,
-    kinds: tuple[str, ...] = _BEARABLE,
-    rows: Collection[str] = _INNER,
-) -> SearchStrategy[Case]:
-    """Cases of which some have a deep model, with an edit at every site of a block far up.
+def block_edits(
+    blocks: Sequence[int], kinds: tuple[str, ...], rows: Collection[str] = _INNER
+) -> SearchStrategy[tuple[Edit, ...]]:
+    """Edits of one kind, at every site of one block.
 
     Args:
-        shallow: The runs of all other models.
-        kinds: Kinds of edits far up.
+        blocks: Indices of blocks.
+        kinds: Kinds of edits.
         rows: Rows of the table that are edited there.
     """
 
@@ -101,14 +98,33 @@ def deep_cases(
         sites = (row.replace("{i}", str(block)) for row in rows)
         return tuple(Edit(site=site, kind=kind, seed=seed + at) for at, site in enumerate(sites))
 
+    return st.builds(everywhere, st.sampled_from(blocks), st.sampled_from(kinds), EDIT_SEEDS)
+
+
+def deep_cases(
+    shallow: Callable[[ModelSpec], SearchStrategy[RunSpec]],
+    *,
+    kinds: tuple[str, ...] = BEARABLE,
+    rows: Collection[str] = _INNER,
+    of: int = 22,
+) -> SearchStrategy[Case]:
+    """Cases of which some have a deep model, with an edit at every site of a block far up.
+
+    Args:
+        shallow: The runs of all other models.
+        kinds: Kinds of edits far up.
+        rows: Rows of the table that are edited there.
+        of: Of so many cases one is deep.
+    """
+    times = round((of - 1) * len(_DEEP) / len(_SHALLOW))
+
     def runs(model: ModelSpec) -> SearchStrategy[RunSpec]:
         if model.num_hidden_layers < 4:
             return shallow(model)
-        far_up = st.sampled_from(range(3, model.num_hidden_layers))
-        some = st.builds(everywhere, far_up, st.sampled_from(kinds), EDIT_SEEDS)
+        some = block_edits(range(3, model.num_hidden_layers), kinds, rows)
         return run_specs(model, edits=some, lengths=st.integers(1, 5), batches=st.integers(1, 2))
 
-    return cases(models=model_specs(layers=_DEPTHS), runs=runs)
+    return cases(models=model_specs(layers=st.sampled_from((*_SHALLOW * times, *_DEEP))), runs=runs)
 
 
 def returned_cases() -> SearchStrategy[Case]:

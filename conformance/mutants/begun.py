@@ -38,14 +38,14 @@ def _after(
     return register
 
 
-class _Sharing(OlmoHookPoint):
+class Sharing(OlmoHookPoint):
     """Hands its hooks the tensor that its neighbours read too."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
-class _Deaf(OlmoHookPoint):
+class Deaf(OlmoHookPoint):
     """Drops what backward hooks return."""
 
     def add_hook(self, hook: Any, dir: Any = "fwd", *args: Any, **named: Any) -> Any:
@@ -68,7 +68,7 @@ def _(bridge: Any) -> None:
     """In compatibility mode gradients that hooks inside of blocks return are dropped."""
     for point in bridge.blocks.modules():
         if type(point) is OlmoHookPoint:
-            point.__class__ = _Deaf
+            point.__class__ = Deaf
 
 
 @_after(
@@ -81,7 +81,7 @@ def _(bridge: Any) -> None:
     """In compatibility mode q, k and v read one tensor, and an edit in place of one is of all."""
     for letter in "qkv":
         for point in points(bridge, f"blocks.{{i}}.attn.{letter}.hook_in"):
-            point.__class__ = _Sharing
+            point.__class__ = Sharing
 
 
 @of_bridge(
@@ -159,7 +159,7 @@ def _(bridge: Any) -> None:
     """Once it has generated, an edit in place in the residual stream reaches what was before it."""
     for site in ("ln1.hook_in", "ln2.hook_in", "attn.hook_in", "hook_in", "mlp.hook_in"):
         for point in points(bridge, f"blocks.{{i}}.{site}"):
-            point.__class__ = _Sharing
+            point.__class__ = Sharing
 
 
 @of_bridge(
