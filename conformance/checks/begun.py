@@ -35,7 +35,7 @@ SCORES = "attn.hook_attn_scores"
 # With the share of the profile's examples: an edit in place has much to miss.
 HOSTS = {
     interventions.returned: 0.5,
-    interventions.in_place: 0.8,
+    interventions.in_place: 1.0,
     firing.returned_gradients: 0.4,
     recomputed.recomputed: 0.3,
     flags.edited: 0.3,

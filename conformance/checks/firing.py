@@ -167,7 +167,7 @@ def gradient_edits() -> SearchStrategy[Case]:
     added = [f"blocks.{{i}}.{part}.hook_out" for part in ("attn.o", "attn", "mlp.out", "mlp")]
     kinds = (*EDITS, *("in_place",) * (len(EDITS) - 2))
     inner = [name for name in rows if "{i}" in name]
-    return deep_cases(partial(edited_runs, kinds=kinds, rows=rows + 3 * added), rows=inner, of=10)
+    return deep_cases(partial(edited_runs, kinds=kinds, rows=rows + 3 * added), rows=inner, of=6)
 
 
 @check(

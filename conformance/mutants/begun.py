@@ -42,6 +42,7 @@ class Sharing(OlmoHookPoint):
     """Hands its hooks the tensor that its neighbours read too."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """No copy."""
         return x
 
 
@@ -49,6 +50,8 @@ class Deaf(OlmoHookPoint):
     """Drops what backward hooks return."""
 
     def add_hook(self, hook: Any, dir: Any = "fwd", *args: Any, **named: Any) -> Any:
+        """Put on, of a backward hook, one that only looks."""
+
         def looking(gradient: torch.Tensor, hook: Any, inner: Any = hook) -> None:
             inner(gradient, hook=hook)
 

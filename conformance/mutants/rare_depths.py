@@ -21,7 +21,7 @@ def _(bridge: Any) -> None:
 
 @bridge_mutant("interventions.deep_in_place", "four blocks and more", "interventions.in_place")
 def _(bridge: Any) -> None:
-    """From the fourth block on q, k and v read one tensor, and an edit in place of one is of all."""
+    """From the fourth block on an edit in place of what q, k or v reads is of what all read."""
     for letter in "qkv":
         for point in points(bridge, f"blocks.{{i}}.attn.{letter}.hook_in")[3:]:
             point.__class__ = Sharing
