@@ -34,6 +34,17 @@ def without_edits(case: Case) -> Case:
     return replace(case, run=replace(case.run, edits=()))
 
 
+def under_flags(case: Case, draw: Callable[[int], int]) -> Case:
+    """The same case under drawn flags, with an edit behind each of them and no other."""
+    flags = (*FORKS[draw(len(FORKS))], *OTHERS[1 + draw(len(OTHERS) - 1)])
+    made = []
+    for flag in flags:
+        sites = list(behind_flags(case.model, [flag]))
+        kind, site = _KINDS[draw(len(_KINDS))], sites[draw(len(sites))]
+        made.append(Edit(site=site, kind=kind, seed=draw(2**16)))
+    return replace(case, run=replace(case.run, flags=flags, edits=tuple(made)))
+
+
 def firing(subject: Subject, case: Case) -> dict[str, Site]:
     """Every site that fires under the flags of a case, in the order of execution."""
     there = {**sites_of(subject, case), **behind_flags(case.model, case.run.flags)}
@@ -161,18 +172,13 @@ def behind_flags_too(
     draw = drawing(case)
     if draw(3) or not is_exact(adapter):
         return
-    flags = (*FORKS[draw(len(FORKS))], *OTHERS[1 + draw(len(OTHERS) - 1)])
-    made = []
-    for flag in flags:
-        sites = list(behind_flags(case.model, [flag]))
-        kind, site = _KINDS[draw(len(_KINDS))], sites[draw(len(sites))]
-        made.append(Edit(site=site, kind=kind, seed=draw(2**16)))
-    case = replace(case, run=replace(case.run, flags=flags, edits=tuple(made)))
+    case = under_flags(case, draw)
+    flags = case.run.flags
     turn(subject, flags, True)
     pair = paired(adapter, subject, case, backward=backward, dtype=dtype)
     once = replace(pair.actual, fired=tuple(dict.fromkeys(pair.actual.fired)))
     turn(subject, flags, False)
-    for edit in made:
+    for edit in case.run.edits:
         bridge_of(subject).hook_dict[edit.site].remove_hooks()
     yield from labelled(f"under {', '.join(flags)}", replace(pair, actual=once).gaps())
 

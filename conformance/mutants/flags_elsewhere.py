@@ -1,0 +1,43 @@
+"""Faults of hooks behind flags where a bridge is called otherwise than by a plain forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from adapter.compatibility import OlmoTransformerBridge
+from conformance.mutants.catalogue import mutant
+from conformance.spec import FLAGS
+
+of_bridge = partial(mutant, owner=OlmoTransformerBridge)
+
+
+@contextmanager
+def _without_flags(bridge: Any) -> Iterator[None]:
+    """Turn off every flag for a while."""
+    on = [flag for flag in FLAGS if getattr(bridge.cfg, flag)]
+    for flag in on:
+        setattr(bridge.cfg, flag, False)
+    try:
+        yield
+    finally:
+        for flag in on:
+            setattr(bridge.cfg, flag, True)
+
+
+@of_bridge(
+    "generation.flags_off",
+    "a flag during generate",
+    "generation.hooks",
+    attribute="generate",
+)
+def _(original: Any) -> Any:
+    """Flags are off while a bridge generates."""
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _without_flags(self):
+            return original(self, *args, **kwargs)
+
+    return generate
