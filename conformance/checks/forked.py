@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,12 +34,21 @@ def without_edits(case: Case) -> Case:
     return replace(case, run=replace(case.run, edits=()))
 
 
-def under_flags(case: Case, draw: Callable[[int], int]) -> Case:
-    """The same case under drawn flags, with an edit behind each of them and no other."""
+def under_flags(
+    case: Case, draw: Callable[[int], int], blocks: Collection[int] | None = None
+) -> Case:
+    """The same case under drawn flags, with an edit behind each of them and no other.
+
+    Args:
+        case: The case.
+        draw: Draws whole numbers below a bound.
+        blocks: Those that are edited; None for all.
+    """
     flags = (*FORKS[draw(len(FORKS))], *OTHERS[1 + draw(len(OTHERS) - 1)])
     made = []
     for flag in flags:
-        sites = list(behind_flags(case.model, [flag]))
+        behind = behind_flags(case.model, [flag])
+        sites = [name for name in behind if blocks is None or int(name.split(".")[1]) in blocks]
         kind, site = _KINDS[draw(len(_KINDS))], sites[draw(len(sites))]
         made.append(Edit(site=site, kind=kind, seed=draw(2**16)))
     return replace(case, run=replace(case.run, flags=flags, edits=tuple(made)))
@@ -69,6 +78,12 @@ def edit_behind_flags(subject: Subject, case: Case) -> None:
         with at_work(f"adding a hook at {edit.site}"):
             # By this name: in compatibility mode a hook point's own is a legacy one.
             subject.bridge.hook_dict[edit.site].add_hook(hook_of(edit))
+
+
+def led_allowances(forks: Forks, case: Case) -> dict[str, Allowance]:
+    """The allowances of values that were computed through copies in the model's dtype."""
+    dtype = getattr(torch, case.model.dtype)
+    return {name: of_sum(dtype, size) for name, size in forks.sizes.items()}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from conformance.checks.forked import (
     edit_behind_flags,
     firing,
     is_exact,
+    led_allowances,
     under_flags,
     without_edits,
 )
@@ -42,7 +43,6 @@ from conformance.recorder import Observation, Recorder
 from conformance.spec import Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs
 from conformance.subjects import Subject, at_work, reference
-from conformance.tolerance import of_sum
 
 FIRST = "embed.hook_in"  # of every forward
 _NOTHING = torch.empty(0)
@@ -113,9 +113,7 @@ def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     seen = Observation(_NOTHING, ours.values, fired=tuple(ours.fired))
     theirs = _Led(case, reference(case.model), seen, exact=True, everywhere=False)
     expected = by_hugging_face(bare, data, lambda truth: tapping(truth, bare, plain, theirs))
-    dtype = getattr(torch, case.model.dtype)
-    allowances = {name: of_sum(dtype, size) for name, size in theirs.sizes.items()}
-    due = Observation(_NOTHING, theirs.values)
+    due, allowances = Observation(_NOTHING, theirs.values), led_allowances(theirs, case)
     yield from compare_values(due, seen, sites, allowances=allowances)
     yield from differing_texts(expected, actual)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -41,3 +41,19 @@ def _(original: Any) -> Any:
             return original(self, *args, **kwargs)
 
     return generate
+
+
+@of_bridge(
+    "flags.start_late",
+    "a flag beside start_at_layer",
+    "caching.layers",
+    attribute="forward",
+)
+def _(original: Any) -> Any:
+    """Flags are off in a run that starts at a later block."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _without_flags(self) if kwargs.get("start_at_layer") else nullcontext():
+            return original(self, *args, **kwargs)
+
+    return forward
