@@ -7,6 +7,8 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
+
 from adapter.compatibility import OlmoTransformerBridge
 from conformance.mutants.catalogue import mutant
 from conformance.spec import FLAGS
@@ -55,5 +57,23 @@ def _(original: Any) -> Any:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with _without_flags(self) if kwargs.get("start_at_layer") else nullcontext():
             return original(self, *args, **kwargs)
+
+    return forward
+
+
+@of_bridge(
+    "flags.embeddings",
+    "a flag, and embeddings in the place of tokens",
+    "calls.embeddings",
+    attribute="forward",
+)
+def _(original: Any) -> Any:
+    """Flags are off in a run on embeddings."""
+
+    def forward(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+        source = kwargs.get("inputs_embeds", input)
+        embedded = isinstance(source, torch.Tensor) and source.is_floating_point()
+        with _without_flags(self) if embedded else nullcontext():
+            return original(self, input, *args, **kwargs)
 
     return forward
