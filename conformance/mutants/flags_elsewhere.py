@@ -77,3 +77,20 @@ def _(original: Any) -> Any:
             return original(self, input, *args, **kwargs)
 
     return forward
+
+
+@of_bridge(
+    "flags.func",
+    "a flag under grad, jvp or vmap",
+    "derivatives.transformed",
+    attribute="forward",
+)
+def _(original: Any) -> Any:
+    """Flags are off where torch.func transforms a forward."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        with _without_flags(self) if transformed else nullcontext():
+            return original(self, *args, **kwargs)
+
+    return forward
