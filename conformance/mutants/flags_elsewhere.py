@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from adapter import forks
 from adapter.compatibility import OlmoTransformerBridge
 from conformance.mutants.catalogue import mutant
 from conformance.spec import FLAGS
@@ -94,3 +95,21 @@ def _(original: Any) -> Any:
             return original(self, *args, **kwargs)
 
     return forward
+
+
+@mutant(
+    "flags.parametrized",
+    "an edit by heads, and a parametrized projection",
+    "flags.refused",
+    forks,
+    "weight_of",
+)
+def _(original: Any) -> Any:
+    """What heads change is projected with the weight that a parametrization starts from."""
+
+    def weight_of(projection: Any) -> torch.Tensor:
+        held = getattr(projection, "parametrizations", {})
+        weight: torch.Tensor = original(projection)
+        return held["weight"].original if "weight" in held else weight
+
+    return weight_of
