@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from adapter import forks
+from adapter.block import OlmoBlockBridge
 from adapter.compatibility import OlmoTransformerBridge
 from conformance.mutants.catalogue import mutant
 from conformance.spec import FLAGS
@@ -113,3 +114,38 @@ def _(original: Any) -> Any:
         return held["weight"].original if "weight" in held else weight
 
     return weight_of
+
+
+@mutant(
+    "block.fp16_clamped",
+    "a residual stream that overflows",
+    "precision.everywhere",
+    OlmoBlockBridge,
+    "forward",
+)
+def _(original: Any) -> Any:
+    """An infinite entry of what a block returns is the greatest finite one, as in some models."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        most = torch.finfo(output.dtype).max
+        return output.clamp(-most, most) if bool(output.isinf().any()) else output
+
+    return forward
+
+
+@mutant(
+    "block.nan_scrubbed",
+    "NaN in the residual stream",
+    "precision.everywhere",
+    OlmoBlockBridge,
+    "forward",
+)
+def _(original: Any) -> Any:
+    """NaN in what a block returns is 0."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        return output.masked_fill(output.isnan(), 0) if bool(output.isnan().any()) else output
+
+    return forward
