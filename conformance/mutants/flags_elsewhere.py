@@ -12,6 +12,8 @@ import torch
 from adapter import forks
 from adapter.block import OlmoBlockBridge
 from adapter.compatibility import OlmoTransformerBridge
+from adapter.gates import GATES
+from adapter.hooks import OlmoHookPoint
 from conformance.mutants.catalogue import mutant
 from conformance.spec import FLAGS
 
@@ -149,3 +151,23 @@ def _(original: Any) -> Any:
         return output.masked_fill(output.isnan(), 0) if bool(output.isnan().any()) else output
 
     return forward
+
+
+@mutant(
+    "flags.returned_gradient",
+    "a gradient that is returned behind a flag",
+    "flags.edits",
+    OlmoHookPoint,
+    "register_full_backward_hook",
+)
+def _(original: Any) -> Any:
+    """What a backward hook behind a flag returns is dropped."""
+
+    def register(self: Any, hook: Any, prepend: bool = False) -> Any:
+        def listen(*args: Any) -> None:
+            hook(*args)
+
+        gated = str(self.name).rpartition(".")[2] in GATES
+        return original(self, listen if gated else hook, prepend)
+
+    return register
