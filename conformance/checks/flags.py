@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
@@ -93,6 +94,7 @@ def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     yield from paired(adapter, subject, case).gaps()
 
 
+_DEPTHS = st.sampled_from((*(1, 1, 1, 2, 2, 2, 3) * 3, 4, 4, 5))
 # What one head reads is what another reads too, if there is only one.
 SEVERAL_HEADS = st.sampled_from([heads for heads in HEAD_PAIRS if heads[0] > 1])
 # Not identity, which `hooks` judges.
@@ -109,18 +111,23 @@ def gate_edits(draw: DrawFn, model: ModelSpec, *, kinds: tuple[str, ...] = RETUR
         kinds: Kinds of edits.
     """
     flags = draw(legal_flags())
-    behind = behind_flags(model, flags).values()
+    behind = behind_flags(model, flags)
+    # Of a deep model the blocks that a shallow one has not.
+    deep = model.num_hidden_layers > 3
+    far_up = [name for name in behind if not deep or int(name.split(".")[1]) >= 3]
     # One draw of all kinds and one of all seeds: see the defaults in `conformance.strategies`.
     each, seed = draw(st.sampled_from(list(product(kinds, repeat=len(flags))))), draw(EDIT_SEEDS)
     made = tuple(
         Edit(
-            site=draw(st.sampled_from([site.name for site in behind if site.flag == flag])),
+            site=draw(st.sampled_from([name for name in far_up if behind[name].flag == flag])),
             kind=kind,
             seed=seed + 9 * place,
         )
         for place, (flag, kind) in enumerate(zip(flags, each, strict=True))
     )
-    return draw(run_specs(model, edits=st.just(made), flags=st.just(flags)))
+    small: dict[str, Any] = {"lengths": st.integers(1, 5), "batches": st.integers(1, 2)}
+    shape = small if deep else {}
+    return draw(run_specs(model, edits=st.just(made), flags=st.just(flags), **shape))
 
 
 _LESS = ("zero", "scale", "one_position")  # of gradients: what makes none of them greater
@@ -136,7 +143,7 @@ def gate_edits_in_place(model: ModelSpec) -> SearchStrategy[RunSpec]:
     "An edit of what one head reads or writes, or of its gradient, has the effect of the same edit "
     "in a computation from scratch, on that head alone; of grouped heads, a key-value head "
     "reads the mean of its group's copies under use_attn_in.",
-    lambda: cases(models=model_specs(heads=SEVERAL_HEADS), runs=gate_edits),
+    lambda: cases(models=model_specs(heads=SEVERAL_HEADS, layers=_DEPTHS), runs=gate_edits),
     examples=0.5,
 )
 def edited(adapter: Adapter, case: Case) -> Iterator[Gap]:

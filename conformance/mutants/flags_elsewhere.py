@@ -171,3 +171,22 @@ def _(original: Any) -> Any:
         return original(self, listen if gated else hook, prepend)
 
     return register
+
+
+@mutant(
+    "flags.deep_lost",
+    "an edit behind a flag in the fourth block or above",
+    "flags.edits",
+    OlmoHookPoint,
+    "__call__",
+)
+def _(original: Any) -> Any:
+    """From the fourth block on, what hooks behind flags return is dropped."""
+
+    def call(self: Any, tensor: torch.Tensor) -> torch.Tensor:
+        hooked: torch.Tensor = original(self, tensor)
+        words = str(self.name).split(".")
+        lost = words[-1] in GATES and int(words[1]) >= 3
+        return tensor if lost else hooked
+
+    return call
