@@ -12,7 +12,13 @@ from transformer_lens.model_bridge.generalized_components import PositionEmbeddi
 from transformers.models.olmo.modeling_olmo import apply_rotary_pos_emb, repeat_kv
 from transformers.utils import output_capturing
 
-from adapter.forks import change_of_heads, head_contributions, mean_of_groups, project_change
+from adapter.forks import (
+    change_of_heads,
+    head_contributions,
+    is_known_in,
+    mean_of_groups,
+    project_change,
+)
 from adapter.hooks import drop_hook, new_hook
 from adapter.layouts import HeadsAfterPositions, SplitHeads
 
@@ -119,7 +125,7 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
             norm = self._ln1_module.forward
 
         def change_in(linear: Any, change: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-            if bool(change.any()) and not torch.equal(source, norm(residual)):
+            if is_known_in(change != 0) and is_known_in(source != norm(residual)):
                 raise ValueError(
                     f"blocks.{hf.layer_idx}.attn: a per-head input hook and a hook between ln1 and "
                     f"{linear.name} both edited what {linear.name} reads; edit one of them"

@@ -50,6 +50,14 @@ def change_of_heads(
     return torch.where(plain.isnan(), 0.0, norm(hooked).to(wide) - plain)
 
 
+def is_known_in(condition: torch.Tensor) -> bool:
+    """Whether a condition holds anywhere; no if `torch.vmap` lets nobody look."""
+    try:
+        return bool(condition.any())
+    except RuntimeError:
+        return False
+
+
 def mean_of_groups(heads: torch.Tensor, size: int) -> torch.Tensor:
     """Average each ``size`` consecutive heads of ``[batch, pos, head, d_model]``."""
     batch, pos, _, width = heads.shape

@@ -14,7 +14,7 @@ compared with, there and only there with an allowance.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ import torch
 from conformance.edits import edited_head
 from conformance.recorder import Observation, Recorder
 from conformance.sites import behind_flags
-from conformance.spec import Case
+from conformance.spec import Case, Edit
 from conformance.subjects import Subject
 from conformance.taps import LAYER_NORM_EPS
 
@@ -96,6 +96,7 @@ class Forks(Recorder):
         seen: What the bridge showed of the same run; None if the reference is to go on alone.
         exact: Whether a bridge must equal Hugging Face bit for bit wherever nothing is edited.
         everywhere: Go through copies in every block, and not only where one is edited.
+        of_gradients: Edits of the gradients at hooks behind flags.
 
     Attributes:
         sizes: How much is added up at most, in absolute terms, in each value that a bridge may sum
@@ -114,12 +115,15 @@ class Forks(Recorder):
         *,
         exact: bool,
         everywhere: bool,
+        of_gradients: Collection[Edit] = (),
     ) -> None:
         self.spec, self.model = case.model, subject.model
         self.seen, self.exact = seen, exact
         self.gates = behind_flags(case.model, case.run.flags)
         self.gate_edits = {edit.site: edit for edit in case.run.edits}
-        self.led = {gate for gate in self.gates if everywhere or gate in self.gate_edits}
+        self.gradient_edits = {edit.site: edit for edit in of_gradients}
+        edited = {*self.gate_edits, *self.gradient_edits}
+        self.led = {gate for gate in self.gates if everywhere or gate in edited}
         self.copies: dict[str, _Copies] = {}
         self.z: dict[str, torch.Tensor] = {}
         self.sizes: dict[str, float] = {}
@@ -145,6 +149,8 @@ class Forks(Recorder):
     def gradient(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
         """Keep the gradient that is due at a site; behind copies the bridge's own goes on."""
         super().gradient(name, tensor)
+        if name in self.gradient_edits:
+            return edited_head(self.gradient_edits[name], tensor)
         block, hook = _parts(name)
         behind = {"hook_in": self.inputs_of(block), "attn.o.hook_in": [f"{block}.attn.hook_result"]}
         if not self.seen or not self.led.intersection(behind.get(hook, ())):
@@ -163,7 +169,8 @@ class Forks(Recorder):
             return tensor
         if gate in self.gate_edits:
             tensor = edited_head(self.gate_edits[gate], tensor)
-        return super().visit(gate, tensor)
+        # What comes later has a gradient of its own.
+        return super().visit(gate, tensor).view_as(tensor)
 
     def go_on_with_value(
         self, names: list[str], plain: torch.Tensor, due: torch.Tensor, touched: torch.Tensor

@@ -11,10 +11,11 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from conformance.checks.forked import edit_behind_flags, under_flags
 from conformance.checks.forward import logits_gap
 from conformance.checks.layernorm import wide_cases
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of, drawing, in_one_forward
+from conformance.checks.support import bridge_of, drawing, in_one_forward, turn
 from conformance.compare import Gap, bitwise, compare_parameters, within
 from conformance.inputs import Inputs, derived_positions, inputs
 from conformance.observe import observe
@@ -72,7 +73,8 @@ def embedded_cases() -> SearchStrategy[Case]:
 @check(
     "calls.embeddings",
     "Embeddings in the place of tokens give the logits that they give Hugging Face's model, those "
-    "of their tokens if they are a text's, and the same gradients, that of the embeddings too.",
+    "of their tokens if they are a text's, also where an edit is behind a flag, and the same "
+    "gradients, that of the embeddings too.",
     embedded_cases,
     examples=0.3,
 )
@@ -118,6 +120,13 @@ def embeddings(adapter: Adapter, case: Case) -> Iterator[Gap]:
     else:
         yield from bitwise("embeddings", theirs.grad, ours.grad, kind="gradient")
     yield from differing_gradients(taken_gradients(truth), got)
+    if of_a_text:
+        flagged = under_flags(case, drawing(case))
+        turn(subject, flagged.run.flags, True)
+        edit_behind_flags(subject, flagged)
+        with torch.no_grad(), at_work(f"running under {flagged.run.flags}"):
+            of_tokens, actual = run(subject, data.tokens), run(subject, given)
+        yield from bitwise(f"logits under {flagged.run.flags}", of_tokens, actual)
 
 
 def masked_cases() -> SearchStrategy[Case]:

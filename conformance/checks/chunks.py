@@ -79,7 +79,8 @@ def tapping(truth: Subject, case: Case, sites: Mapping[str, Site], recorder: Rec
     taps = Taps(
         truth.model, sites, recorder.visit, d_head=case.model.d_head, clamps=clamps, see=see
     )
-    taps.cached, taps.editing = case.run.use_cache, recorder.edits
+    taps.cached = case.run.use_cache
+    taps.editing = sites if recorder.edits_gradients else recorder.edits
     return taps
 
 

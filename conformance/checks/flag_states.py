@@ -12,6 +12,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from conformance.checks.compatibility import log_probabilities_of, probability_gaps, process
 from conformance.checks.flags import RETURNED, gate_edits
@@ -71,6 +72,21 @@ class _Doubled(nn.Module):
         return 2 * self.base_layer(x)  # type: ignore[no-any-return]
 
 
+class _Twice(nn.Module):
+    """A parametrization: twice what is held."""
+
+    def forward(self, held: torch.Tensor) -> torch.Tensor:
+        """Twice the tensor."""
+        return 2 * held
+
+
+def _parametrized(linear: nn.Linear) -> nn.Linear:
+    """The same projection, which holds half of its weight and bias from now on."""
+    for name in [name for name, _ in linear.named_parameters()]:
+        register_parametrization(linear, name, _Twice())
+    return linear
+
+
 def _wrapped_gaps(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """One doubled projection, beside a bridge whose weight is doubled: no edit tells them apart."""
     draw = drawing(case)
@@ -84,7 +100,8 @@ def _wrapped_gaps(adapter: Adapter, case: Case) -> Iterator[Gap]:
         for tensor in bridge_of(doubled).get_submodule(path).original_component.parameters():
             tensor.mul_(2)
     component: Any = bridge_of(wrapped).get_submodule(path)
-    component.set_original_component(_Doubled(component.original_component))
+    how = (_Doubled, _parametrized)[draw(2)]
+    component.set_original_component(how(component.original_component))
     bare = without_edits(case)
     for subject in (doubled, wrapped):
         turn(subject, (flag,), True)
@@ -131,7 +148,8 @@ def _both_gaps(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "flags.refused",
     "Asking for use_attn_in and use_split_qkv_input together is refused with an error that names "
     "both, and leaves the flags, hooks and logits as they were. An edit behind a flag that needs "
-    "the weight of a projection that computes more than that, is refused or takes account of it. "
+    "the weight of a projection that computes more than that, or its weight from another, is "
+    "refused or takes account of it. "
     "Edits both behind a flag and of what the projection reads are both felt, or refused.",
     cases,
     examples=0.15,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from conformance.compare import Gap, compare_gradients, compare_parameters, comp
 from conformance.edits import edited_head
 from conformance.forks import Forks
 from conformance.observe import observe, sites_of
-from conformance.recorder import Observation
+from conformance.recorder import Observation, Recorder
 from conformance.sites import Site, behind_flags, sites
 from conformance.spec import Case, Edit
 from conformance.subjects import Subject, at_work, reference
@@ -32,6 +32,26 @@ def is_exact(adapter: Adapter) -> bool:
 def without_edits(case: Case) -> Case:
     """The same case with nothing edited."""
     return replace(case, run=replace(case.run, edits=()))
+
+
+def under_flags(
+    case: Case, draw: Callable[[int], int], blocks: Collection[int] | None = None
+) -> Case:
+    """The same case under drawn flags, with an edit behind each of them and no other.
+
+    Args:
+        case: The case.
+        draw: Draws whole numbers below a bound.
+        blocks: Those that are edited; None for all.
+    """
+    flags = (*FORKS[draw(len(FORKS))], *OTHERS[1 + draw(len(OTHERS) - 1)])
+    made = []
+    for flag in flags:
+        behind = behind_flags(case.model, [flag])
+        sites = [name for name in behind if blocks is None or int(name.split(".")[1]) in blocks]
+        kind, site = _KINDS[draw(len(_KINDS))], sites[draw(len(sites))]
+        made.append(Edit(site=site, kind=kind, seed=draw(2**16)))
+    return replace(case, run=replace(case.run, flags=flags, edits=tuple(made)))
 
 
 def firing(subject: Subject, case: Case) -> dict[str, Site]:
@@ -58,6 +78,27 @@ def edit_behind_flags(subject: Subject, case: Case) -> None:
         with at_work(f"adding a hook at {edit.site}"):
             # By this name: in compatibility mode a hook point's own is a legacy one.
             subject.bridge.hook_dict[edit.site].add_hook(hook_of(edit))
+
+
+def led_allowances(forks: Forks, case: Case) -> dict[str, Allowance]:
+    """The allowances of values that were computed through copies in the model's dtype."""
+    dtype = getattr(torch, case.model.dtype)
+    return {name: of_sum(dtype, size) for name, size in forks.sizes.items()}
+
+
+class _Returning(Recorder):
+    """Returns other gradients behind flags than those that it was given."""
+
+    edits_gradients = True
+
+    def __init__(self, edits: Collection[Edit]) -> None:
+        self.gradient_edits = {edit.site: edit for edit in edits}
+
+    def gradient(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Keep a gradient as it comes, and send on an edited one."""
+        super().gradient(name, tensor)
+        edit = self.gradient_edits.get(name)
+        return None if edit is None else edited_head(edit, tensor)
 
 
 @dataclass(frozen=True)
@@ -99,6 +140,7 @@ def paired(
     *,
     backward: bool = True,
     dtype: torch.dtype | None = None,
+    of_gradients: Collection[Edit] = (),
 ) -> Pair:
     """Run a bridge, its flags on, and the reference, both with the case's edits behind the flags.
 
@@ -108,15 +150,20 @@ def paired(
         case: What runs.
         backward: Go backwards, if the run is in one chunk and no edit in place.
         dtype: What is computed in; None for the model's.
+        of_gradients: Edits of gradients behind the flags. They make none greater.
     """
     backward &= case.run.chunks == 1 and all(edit.kind != "in_place" for edit in case.run.edits)
     exact, bare, every = is_exact(adapter), without_edits(case), firing(subject, case)
     plain = {name: site for name, site in every.items() if not site.flag}
     edit_behind_flags(subject, case)
     watched = {name: site for name, site in every.items() if not site.derived}
-    actual = observe(subject, bare, sites=watched, backward=backward)
-    truth, pure = reference(case.model), exact and not case.run.edits
-    forks = Forks(case, truth, actual, exact=exact, everywhere=pure or not exact)
+    recorder = _Returning(of_gradients)
+    actual = observe(subject, bare, sites=watched, backward=backward, recorder=recorder)
+    truth, pure = reference(case.model), exact and not case.run.edits and not of_gradients
+    everywhere = pure or not exact
+    forks = Forks(
+        case, truth, actual, exact=exact, everywhere=everywhere, of_gradients=of_gradients
+    )
     expected = observe(truth, bare, sites=plain, backward=backward, recorder=forks)
     if pure:  # then copies are for what only they have
         untouched = observe(truth, bare, sites=plain, backward=backward)
@@ -161,24 +208,21 @@ def behind_flags_too(
     draw = drawing(case)
     if draw(3) or not is_exact(adapter):
         return
-    flags = (*FORKS[draw(len(FORKS))], *OTHERS[1 + draw(len(OTHERS) - 1)])
-    made = []
-    for flag in flags:
-        sites = list(behind_flags(case.model, [flag]))
-        kind, site = _KINDS[draw(len(_KINDS))], sites[draw(len(sites))]
-        made.append(Edit(site=site, kind=kind, seed=draw(2**16)))
-    case = replace(case, run=replace(case.run, flags=flags, edits=tuple(made)))
+    case = under_flags(case, draw)
+    flags = case.run.flags
     turn(subject, flags, True)
     pair = paired(adapter, subject, case, backward=backward, dtype=dtype)
     once = replace(pair.actual, fired=tuple(dict.fromkeys(pair.actual.fired)))
     turn(subject, flags, False)
-    for edit in made:
+    for edit in case.run.edits:
         bridge_of(subject).hook_dict[edit.site].remove_hooks()
     yield from labelled(f"under {', '.join(flags)}", replace(pair, actual=once).gaps())
 
 
-def edited_gaps(adapter: Adapter, subject: Subject, case: Case) -> Iterator[Gap]:
+def edited_gaps(
+    adapter: Adapter, subject: Subject, case: Case, of_gradients: Collection[Edit] = ()
+) -> Iterator[Gap]:
     """What edits behind flags come to. What goes silent is for `flags.hooks` to say."""
-    edited = {edit.site for edit in case.run.edits}
-    gaps = paired(adapter, subject, case).gaps()
+    edited = {edit.site for edit in (*case.run.edits, *of_gradients)}
+    gaps = paired(adapter, subject, case, of_gradients=of_gradients).gaps()
     yield from (gap for gap in gaps if gap.kind != "missing" or gap.site in edited)

@@ -13,6 +13,14 @@ from transformer_lens.hook_points import HookPoint
 from transformers import Cache
 
 from conformance.checks.chunks import hooks_at, tapping
+from conformance.checks.forked import (
+    edit_behind_flags,
+    firing,
+    is_exact,
+    led_allowances,
+    under_flags,
+    without_edits,
+)
 from conformance.checks.generation import (
     bridge_options,
     by_bridge,
@@ -25,15 +33,16 @@ from conformance.checks.generation import (
 )
 from conformance.checks.interventions import edited_runs
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of, drawing
+from conformance.checks.support import bridge_of, drawing, turn
 from conformance.compare import Gap, bitwise, compare_values
+from conformance.forks import Forks
 from conformance.inputs import inputs
 from conformance.observe import sites_of
 from conformance.points import OnPurposeError, hook_points
 from conformance.recorder import Observation, Recorder
 from conformance.spec import Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs
-from conformance.subjects import Subject, at_work
+from conformance.subjects import Subject, at_work, reference
 
 FIRST = "embed.hook_in"  # of every forward
 _NOTHING = torch.empty(0)
@@ -62,6 +71,10 @@ class StepRecorder(Recorder):
         return tensor.expand(self.rows, *tensor.shape[1:]) if one_for_all else tensor
 
 
+class _Led(Forks, StepRecorder):
+    """Of a reference that generates while it is led through copies."""
+
+
 def edited_generations() -> SearchStrategy[Case]:
     """Generations under one or two edits."""
 
@@ -74,28 +87,34 @@ def edited_generations() -> SearchStrategy[Case]:
 @check(
     "generation.hooks",
     "During a generation, by generate or hf_generate, every hook fires once at each step, and sees "
-    "what Hugging Face's model computes there at that step; an edit changes all steps' logits and "
-    "tokens as it does there.",
+    "what Hugging Face's model computes there at that step; an edit, behind a flag too, changes "
+    "all steps' logits and tokens as it does there.",
     edited_generations,
     examples=0.35,
 )
 def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Hugging Face's own generate, tapped and edited from outside, beside the bridge's."""
-    data = inputs(case)
+    """Hugging Face's own generate, tapped and edited from outside, beside the bridge's.
+
+    Of adapters that declare exact flags, a third of the cases are under some.
+    """
+    data, draw = inputs(case), drawing(case)
+    by = by_hf_generate if draw(2) else by_bridge
     subject = generating(case, adapter)
-    sites = sites_of(subject, case)
-    theirs, ours = StepRecorder(), StepRecorder()
-    ours.begin(case)
-    expected = by_hugging_face(case, data, lambda truth: tapping(truth, case, sites, theirs))
-    bridge = bridge_of(subject)
-    by = by_hf_generate if drawing(case)(2) else by_bridge
-    with bridge.hooks(fwd_hooks=hooks_at(sites, ours)):
-        actual = by(subject, case, data)
-    yield from compare_values(
-        Observation(_NOTHING, theirs.values),
-        Observation(_NOTHING, ours.values, fired=tuple(ours.fired)),
-        sites,
-    )
+    plain, bare = sites_of(subject, case), case
+    if is_exact(adapter) and draw(3) == 0:
+        case = under_flags(case, draw)
+        bare = without_edits(case)
+        turn(subject, case.run.flags, True)
+        edit_behind_flags(subject, case)
+    sites, ours = firing(subject, case), StepRecorder()
+    ours.begin(bare)
+    with bridge_of(subject).hooks(fwd_hooks=hooks_at(sites, ours)):
+        actual = by(subject, bare, data)
+    seen = Observation(_NOTHING, ours.values, fired=tuple(ours.fired))
+    theirs = _Led(case, reference(case.model), seen, exact=True, everywhere=False)
+    expected = by_hugging_face(bare, data, lambda truth: tapping(truth, bare, plain, theirs))
+    due, allowances = Observation(_NOTHING, theirs.values), led_allowances(theirs, case)
+    yield from compare_values(due, seen, sites, allowances=allowances)
     yield from differing_texts(expected, actual)
 
 

@@ -11,6 +11,15 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
+from conformance.checks.chunks import hooks_at
+from conformance.checks.forked import (
+    edit_behind_flags,
+    firing,
+    is_exact,
+    led_allowances,
+    under_flags,
+    without_edits,
+)
 from conformance.checks.hooking import (
     Log,
     attached,
@@ -20,17 +29,20 @@ from conformance.checks.hooking import (
     value_gaps,
 )
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import bridge_of, in_one_forward
+from conformance.checks.support import bridge_of, drawing, in_one_forward, turn
 from conformance.compare import (
     Gap,
     bitwise,
     compare_firing,
     compare_parameters,
     compare_tensors,
+    compare_values,
+    labelled,
 )
+from conformance.forks import Forks
 from conformance.inputs import inputs
 from conformance.observe import observe, options, sites_of, started
-from conformance.recorder import Observation
+from conformance.recorder import Observation, Recorder
 from conformance.spec import Case
 from conformance.strategies import cases, model_specs, run_specs
 from conformance.subjects import Subject, at_work, bridged, reference
@@ -132,11 +144,32 @@ def output_gaps(truth: Subject, subject: Subject, case: Case) -> Iterator[Gap]:
     yield from bitwise(f"output with {part.named}", due.detach(), output)
 
 
+def _flagged_gaps(
+    truth: Subject, subject: Subject, case: Case, part: _Part, entry: torch.Tensor
+) -> Iterator[Gap]:
+    """What the edits of a case, which are behind flags and in a part, come to in that part."""
+    turn(subject, case.run.flags, True)
+    edit_behind_flags(subject, case)
+    bare, every, recorder = without_edits(case), firing(subject, case), Recorder()
+    due, bridge = part.runs(list(every)), bridge_of(subject)
+    recorder.begin(bare)
+    given: dict[str, Any] = {"return_type": "logits", **options(subject, case), **part.named}
+    with torch.no_grad(), at_work("a forward"), started(subject, case):
+        output = bridge.run_with_hooks(entry, fwd_hooks=hooks_at(due, recorder), **given)
+    seen = Observation(output, recorder.values, fired=tuple(recorder.fired))
+    forks = Forks(case, truth, seen, exact=True, everywhere=False)
+    whole = observe(truth, bare, sites=sites_of(subject, case), backward=False, recorder=forks)
+    end = whole.logits if part.stop is None else whole.values[f"blocks.{part.stop}.hook_in"]
+    expected = Observation(end, {name: whole.values[name] for name in due})
+    yield from compare_values(expected, seen, every, allowances=led_allowances(forks, case))
+
+
 @check(
     "caching.layers",
     "With stop_at_layer and start_at_layer, counted from either end, just the blocks between are "
     "hooked and cached, with the reference's tensors; the output is the residual stream before "
-    "the block, or the logits, and its gradient arrives where the run started.",
+    "the block, or the logits, and its gradient arrives where the run started; edits behind flags "
+    "act there as in the whole run.",
     deep_cases,
     examples=0.5,
 )
@@ -206,3 +239,8 @@ def layers(adapter: Adapter, case: Case) -> Iterator[Gap]:
         again = subject.bridge(inputs(case).tokens, return_type="logits", **options(subject, case))
     gap = compare_tensors("logits afterwards", expected.logits, again, exactly(again.dtype))
     yield from [gap] if gap else []
+    draw, blocks = drawing(case), range(case.model.num_hidden_layers)[part.start : part.stop]
+    if blocks and is_exact(adapter) and draw(3) == 0:
+        flagged = under_flags(case, draw, blocks)
+        gaps = _flagged_gaps(truth, subject, flagged, part, entry.detach())
+        yield from labelled(f"{part.named} under {', '.join(flagged.run.flags)}", gaps)

@@ -20,21 +20,36 @@ from conformance.compare import Gap, compare_parameters, compare_tensors, compar
 from conformance.inputs import inputs
 from conformance.observe import observe, sites_of
 from conformance.recorder import Observation, Recorder
-from conformance.spec import DTYPES, Case, Edit
+from conformance.spec import DTYPES, Case, Edit, ModelSpec
 from conformance.strategies import cases, model_specs
 from conformance.subjects import Subject, SubjectError, at_work, bridged, reference
 from conformance.tolerance import exactly
 
+# With such weights what is written to the residual stream is too great for float16, here and there
+# or everywhere. Behind an infinite entry comes a LayerNorm whose output is NaN.
+_OVERFLOWING = (8.0, 20.0, 60.0)
+
+
+def short_models() -> SearchStrategy[ModelSpec]:
+    """Models in bfloat16 and float16. Half of the latter overflow."""
+
+    def rescaled(model: ModelSpec, scale: float) -> ModelSpec:
+        overflows = scale > 0 and model.dtype == "float16"
+        return replace(model, weight_scale=scale) if overflows else model
+
+    plain = model_specs(dtypes=st.sampled_from(("bfloat16", "float16")))
+    return st.builds(rescaled, plain, st.sampled_from((0.0,) * 3 + _OVERFLOWING))
+
 
 def short_cases() -> SearchStrategy[Case]:
-    """Cases in bfloat16 and float16."""
-    return cases(models=model_specs(dtypes=st.sampled_from(("bfloat16", "float16"))))
+    """Cases of `short_models`."""
+    return cases(models=short_models())
 
 
 @check(
     "precision.everywhere",
     "In bfloat16 and float16 every value, dtype and gradient is Hugging Face's bit for bit, with "
-    "and without a cache.",
+    "and without a cache, infinities and NaN of an overflow included.",
     short_cases,
     examples=0.5,
 )

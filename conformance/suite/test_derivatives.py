@@ -1,5 +1,5 @@
-from conformance.checks import derivatives
+from conformance.checks import derivatives, transforms
 from conformance.suite.properties import as_test
 
 test_second = as_test(derivatives.second)
-test_transformed = as_test(derivatives.transformed)
+test_transformed = as_test(transforms.transformed)

@@ -1,0 +1,192 @@
+"""Faults of hooks behind flags where a bridge is called otherwise than by a plain forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+
+from adapter import forks
+from adapter.block import OlmoBlockBridge
+from adapter.compatibility import OlmoTransformerBridge
+from adapter.gates import GATES
+from adapter.hooks import OlmoHookPoint
+from conformance.mutants.catalogue import mutant
+from conformance.spec import FLAGS
+
+of_bridge = partial(mutant, owner=OlmoTransformerBridge)
+
+
+@contextmanager
+def _without_flags(bridge: Any) -> Iterator[None]:
+    """Turn off every flag for a while."""
+    on = [flag for flag in FLAGS if getattr(bridge.cfg, flag)]
+    for flag in on:
+        setattr(bridge.cfg, flag, False)
+    try:
+        yield
+    finally:
+        for flag in on:
+            setattr(bridge.cfg, flag, True)
+
+
+@of_bridge(
+    "generation.flags_off",
+    "a flag during generate",
+    "generation.hooks",
+    attribute="generate",
+)
+def _(original: Any) -> Any:
+    """Flags are off while a bridge generates."""
+
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _without_flags(self):
+            return original(self, *args, **kwargs)
+
+    return generate
+
+
+@of_bridge(
+    "flags.start_late",
+    "a flag beside start_at_layer",
+    "caching.layers",
+    attribute="forward",
+)
+def _(original: Any) -> Any:
+    """Flags are off in a run that starts at a later block."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _without_flags(self) if kwargs.get("start_at_layer") else nullcontext():
+            return original(self, *args, **kwargs)
+
+    return forward
+
+
+@of_bridge(
+    "flags.embeddings",
+    "a flag, and embeddings in the place of tokens",
+    "calls.embeddings",
+    attribute="forward",
+)
+def _(original: Any) -> Any:
+    """Flags are off in a run on embeddings."""
+
+    def forward(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+        source = kwargs.get("inputs_embeds", input)
+        embedded = isinstance(source, torch.Tensor) and source.is_floating_point()
+        with _without_flags(self) if embedded else nullcontext():
+            return original(self, input, *args, **kwargs)
+
+    return forward
+
+
+@of_bridge(
+    "flags.func",
+    "a flag under grad, jvp or vmap",
+    "derivatives.transformed",
+    attribute="forward",
+)
+def _(original: Any) -> Any:
+    """Flags are off where torch.func transforms a forward."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        with _without_flags(self) if transformed else nullcontext():
+            return original(self, *args, **kwargs)
+
+    return forward
+
+
+@mutant(
+    "flags.parametrized",
+    "an edit by heads, and a parametrized projection",
+    "flags.refused",
+    forks,
+    "weight_of",
+)
+def _(original: Any) -> Any:
+    """What heads change is projected with the weight that a parametrization starts from."""
+
+    def weight_of(projection: Any) -> torch.Tensor:
+        held = getattr(projection, "parametrizations", {})
+        weight: torch.Tensor = original(projection)
+        return held["weight"].original if "weight" in held else weight
+
+    return weight_of
+
+
+@mutant(
+    "block.fp16_clamped",
+    "a residual stream that overflows",
+    "precision.everywhere",
+    OlmoBlockBridge,
+    "forward",
+)
+def _(original: Any) -> Any:
+    """An infinite entry of what a block returns is the greatest finite one, as in some models."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        most = torch.finfo(output.dtype).max
+        return output.clamp(-most, most) if bool(output.isinf().any()) else output
+
+    return forward
+
+
+@mutant(
+    "block.nan_scrubbed",
+    "NaN in the residual stream",
+    "precision.everywhere",
+    OlmoBlockBridge,
+    "forward",
+)
+def _(original: Any) -> Any:
+    """NaN in what a block returns is 0."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        return output.masked_fill(output.isnan(), 0) if bool(output.isnan().any()) else output
+
+    return forward
+
+
+@mutant(
+    "flags.returned_gradient",
+    "a gradient that is returned behind a flag",
+    "flags.edits",
+    OlmoHookPoint,
+    "register_full_backward_hook",
+)
+def _(original: Any) -> Any:
+    """What a backward hook behind a flag returns is dropped."""
+
+    def register(self: Any, hook: Any, prepend: bool = False) -> Any:
+        def listen(*args: Any) -> None:
+            hook(*args)
+
+        gated = str(self.name).rpartition(".")[2] in GATES
+        return original(self, listen if gated else hook, prepend)
+
+    return register
+
+
+@mutant(
+    "flags.deep_lost",
+    "an edit behind a flag in the fourth block or above",
+    "flags.edits",
+    OlmoHookPoint,
+    "__call__",
+)
+def _(original: Any) -> Any:
+    """From the fourth block on, what hooks behind flags return is dropped."""
+
+    def call(self: Any, tensor: torch.Tensor) -> torch.Tensor:
+        hooked: torch.Tensor = original(self, tensor)
+        words = str(self.name).split(".")
+        lost = words[-1] in GATES and int(words[1]) >= 3
+        return tensor if lost else hooked
+
+    return call
