@@ -120,23 +120,33 @@ def _masks(case: Case) -> bool:
 
 
 def _sighted(case: Case) -> Case:
-    """A query that sees no key is something else in the mode; Hugging Face has a mean of all."""
-    run = case.run
-    blind = run.padding in ("left", "rows") or (run.padding == "gap" and run.seq_len < 3)
-    if not (blind and _masks(case)):
+    """The case without what another mask makes another thing of, where compatibility mode is on.
+
+    That is a query that sees no key, and an edit of masked scores: there they are -inf.
+    """
+    if not _masks(case):
         return case
-    return replace(case, run=replace(run, padding="gap" if run.seq_len > 2 else "none"))
+    run = case.run
+    edits = tuple(edit for edit in run.edits if not edit.site.endswith(SCORES))
+    blind = run.padding in ("left", "rows") or (run.padding == "gap" and run.seq_len < 3)
+    padding = ("gap" if run.seq_len > 2 else "none") if blind else run.padding
+    return replace(case, run=replace(run, edits=edits, padding=padding))
 
 
 def _found(host: Check, adapter: Adapter, case: Case) -> tuple[list[Gap], SubjectError | None]:
-    """What a check says. Where compatibility mode masks with -inf, Hugging Face has a number."""
+    """What a check says, but for what is another matter in compatibility mode.
+
+    Where it masks with -inf, Hugging Face has a number; and its caches have more names than sites.
+    """
     try:
         gaps = list(host.run(adapter, case))
     except SubjectError as error:
         return [], error
-    masks = _masks(case)
-    shown = [gap for gap in gaps if not (masks and gap.kind == "value" and SCORES in gap.site)]
-    return shown, None
+
+    def other(gap: Gap) -> bool:
+        return gap.kind == "order" or (gap.kind == "value" and SCORES in gap.site)
+
+    return [gap for gap in gaps if not (_masks(case) and other(gap))], None
 
 
 def _of_begun(host: Check, adapter: Adapter, case: Case) -> Iterator[Gap]:
