@@ -85,10 +85,9 @@ def long(adapter: Adapter, case: Case) -> Iterator[Gap]:
         case = bare
     if any(edit.kind == "in_place" for edit in case.run.edits):
         every = sites_of(subject, case)
-        runs = (
-            observe(who, case, sites=every, backward=False) for who in (reference(model), subject)
-        )
-        yield from compare_values(*runs, every)
+        expected = observe(reference(model), case, sites=every, backward=False)
+        actual = observe(subject, case, sites=every, backward=False)
+        yield from compare_values(expected, actual, every)
     else:
         yield from everywhere_gaps(reference(model), subject, case)
     if has_exact(adapter):

@@ -10,8 +10,7 @@ from adapter import attention, calls
 from adapter.attention import OlmoAttentionBridge
 from adapter.compatibility import OlmoTransformerBridge
 from conformance.forks import with_gradient_of
-from conformance.mutants.catalogue import Make, add, mutant
-from conformance.spec import ModelSpec
+from conformance.mutants.catalogue import PAD_TOKEN, Make, add, mutant
 
 
 def _before_forward(change: Any) -> Make:
@@ -50,7 +49,7 @@ def _boolean_in_order(input: torch.Tensor, named: dict[str, Any]) -> torch.Tenso
 
 def _pads_masked(input: torch.Tensor, named: dict[str, Any]) -> torch.Tensor:
     if not input.is_floating_point() and named.get("attention_mask") is None:
-        real = input != ModelSpec().pad_token_id
+        real = input.ne(PAD_TOKEN)
         real[..., -1] = True
         named["attention_mask"] = real.long().reshape(-1, real.shape[-1])
     return input

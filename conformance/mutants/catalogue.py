@@ -68,6 +68,7 @@ CRASHES = {
     "states.lens_names_only",
 }
 CATALOGUE: dict[str, Mutant] = {}
+PAD_TOKEN = 1  # OlmoConfig's default, that of half the models drawn
 
 _ABSENT = object()
 

@@ -11,8 +11,7 @@ from adapter.attention import OlmoAttentionBridge
 from adapter.compatibility import OlmoTransformerBridge
 from adapter.mlp import OutputLinearBridge
 from adapter.rotary import OlmoRotaryEmbeddingBridge
-from conformance.mutants.catalogue import add, hook_mutant, mutant
-from conformance.spec import ModelSpec
+from conformance.mutants.catalogue import PAD_TOKEN, add, hook_mutant, mutant
 
 _MASKED = (OlmoAttentionBridge, "_apply_reconstruct_attention_mask")
 
@@ -161,7 +160,7 @@ def padding(original: Any) -> Any:
     """Without a mask, tokens of the padding's number are masked."""
 
     def forward(self: Any, input: torch.Tensor, **kwargs: Any) -> Any:
-        seen = input != ModelSpec().pad_token_id
+        seen = input.ne(PAD_TOKEN)
         if kwargs.get("attention_mask") is None and bool(seen[:, 0].all()):
             kwargs["attention_mask"] = seen.long()
         return original(self, input, **kwargs)

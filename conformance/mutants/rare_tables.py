@@ -36,7 +36,7 @@ def _(original: Any) -> Any:
     """The last query head of a group of four reads the next group."""
 
     def repeat(x: torch.Tensor, times: int) -> torch.Tensor:
-        repeated = original(x, times)
+        repeated: torch.Tensor = original(x, times)
         return repeated.roll(-1, dims=1) if times == 4 and x.shape[1] > 1 else repeated
 
     return repeat
