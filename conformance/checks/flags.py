@@ -97,7 +97,9 @@ def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
 _DEPTHS = st.sampled_from((*(1, 1, 1, 2, 2, 2, 3) * 3, 4, 4, 5))
 # What one head reads is what another reads too, if there is only one.
 _SEVERAL = [heads for heads in HEAD_PAIRS if heads[0] > 1]
-SEVERAL_HEADS = st.sampled_from([*_SEVERAL, *(heads for heads in _SEVERAL if heads[0] > heads[1])])
+SEVERAL_HEADS = st.sampled_from(
+    [*_SEVERAL, *(heads for heads in _SEVERAL if heads[0] > heads[1]), *((4, 1), (8, 2))]
+)
 # Not identity, which `hooks` judges.
 RETURNED = ("zero", "noise", "replace", "one_head", "one_position", "one_row", "scale")
 
@@ -145,7 +147,7 @@ def gate_edits_in_place(model: ModelSpec) -> SearchStrategy[RunSpec]:
     "in a computation from scratch, on that head alone; of grouped heads, a key-value head "
     "reads the mean of its group's copies under use_attn_in.",
     lambda: cases(models=model_specs(heads=SEVERAL_HEADS, layers=_DEPTHS), runs=gate_edits),
-    examples=0.5,
+    examples=0.6,
 )
 def edited(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Every later value, and every gradient, is that of a reference led through the copies."""

@@ -44,7 +44,7 @@ def _picked(run: Taken, tensor: torch.Tensor, rows: Any) -> torch.Tensor:
     "apply_ln_to_stack subtracts the mean and divides by the LayerNorm's own denominator, of the "
     "layer, positions and rows asked for; recomputed, by Hugging Face's final norm, bit for bit.",
     cases,
-    examples=0.4,
+    examples=0.5,
 )
 def norms(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Of what the components before the layer have written."""
@@ -169,7 +169,7 @@ _STACKED = {
     "stack_activation gives Hugging Face's own tensors of all layers before the one asked for, bit "
     "for bit, and so does the cache by name and layer, from the front and from the end.",
     cases,
-    examples=0.1,
+    examples=0.2,
 )
 def stacked(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Five drawn names of a cache, some rows of which may have been sliced off before."""
