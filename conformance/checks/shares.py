@@ -44,7 +44,7 @@ def _picked(run: Taken, tensor: torch.Tensor, rows: Any) -> torch.Tensor:
     "apply_ln_to_stack subtracts the mean and divides by the LayerNorm's own denominator, of the "
     "layer, positions and rows asked for; recomputed, by Hugging Face's final norm, bit for bit.",
     cases,
-    examples=0.5,
+    examples=0.6,
 )
 def norms(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Of what the components before the layer have written."""
