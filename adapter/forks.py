@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformer_lens.hook_points import HookPoint
 
+from adapter.hooks import is_hooked
+
 
 def weight_of(projection: Any) -> torch.Tensor:
     """The weight ``[out, in]`` of a projection that is nothing but that weight and a bias."""
@@ -28,7 +30,7 @@ def weight_of(projection: Any) -> torch.Tensor:
 
 def change_of_heads(
     residual: torch.Tensor, norm: Any, hook: HookPoint, n_heads: int
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """What an edit of the per-head copies changes in the heads' normalized input.
 
     Args:
@@ -39,8 +41,11 @@ def change_of_heads(
 
     Returns:
         ``[batch, pos, head, d_model]``, at least float32: subtracting nearby values and adding
-        the difference again must not round in low precision.
+        the difference again must not round in low precision. None if nothing listens at ``hook``:
+        then there is no need to ask whether anything has changed, which vmap does not allow.
     """
+    if not is_hooked(hook):
+        return None
     copies = residual.unsqueeze(2).repeat(1, 1, n_heads, 1)
     hooked = hook(copies.clone())
     wide = torch.promote_types(residual.dtype, torch.float32)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adapter.tests import models
 from adapter.tests.models import SHAPES, TOKENS, same
@@ -196,6 +197,13 @@ def test_a_stream_that_is_not_finite_is_no_edit(flag: Any) -> None:
     assert same(queries(), expected)
 
 
+@pytest.mark.parametrize("flag", FLAGGED)
+def test_a_flag_costs_a_fake_forward_nothing(flag: str) -> None:
+    bridge = flagged(models.bridged(models.olmo()), flag)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert bridge(TOKENS).shape == (*TOKENS.shape, bridge.cfg.d_vocab)
+
+
 def test_per_head_hooks_need_a_plain_weight() -> None:
     class Adapted(torch.nn.Module):
         def __init__(self, linear: Any) -> None:
@@ -208,6 +216,8 @@ def test_per_head_hooks_need_a_plain_weight() -> None:
     model = models.olmo()
     model.model.layers[0].self_attn.q_proj = Adapted(model.model.layers[0].self_attn.q_proj)
     bridge = flagged(models.bridged(model), "use_split_qkv_input")
+    assert same(bridge(TOKENS), models.olmo()(TOKENS).logits)
+    bridge.add_hook("blocks.0.attn.hook_q_input", lambda tensor, hook: None)
     with pytest.raises(TypeError, match="Adapted"):
         bridge(TOKENS)
 

@@ -12,8 +12,16 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from torch.func import functional_call, grad, jvp, vmap
 
+from conformance.checks.forked import is_exact
+from conformance.checks.gates import FORKS, OTHERS
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import drawing, forward_as_it_is, in_one_forward, sites_to_hook
+from conformance.checks.support import (
+    drawing,
+    forward_as_it_is,
+    in_one_forward,
+    sites_to_hook,
+    turn,
+)
 from conformance.compare import Gap, bitwise
 from conformance.edits import edited
 from conformance.inputs import inputs
@@ -223,7 +231,7 @@ def _leaves(result: Any, name: str) -> Iterator[tuple[str, torch.Tensor]]:
     "derivatives.transformed",
     "torch.func's functional_call, grad, jvp, vmap (over rows and over weights) and their "
     "compositions give the reference's results, wherever Hugging Face's model allows them, with "
-    "forward hooks on and an edit in one of them.",
+    "forward hooks on and an edit in one of them, and under flags that nothing makes use of.",
     transformed_cases,
     examples=0.15,
 )
@@ -231,7 +239,9 @@ def transformed(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """No backward hooks: PyTorch's own cannot be transformed, on Hugging Face's model neither."""
     case = in_one_forward(case)
     subject, truth = bridged(case.model, adapter, prepared=case.run.prepared), reference(case.model)
-    (edit,) = case.run.edits
+    (edit,), draw = case.run.edits, drawing(case)
+    if is_exact(adapter):
+        turn(subject, FORKS[draw(len(FORKS))] + OTHERS[draw(len(OTHERS))], True)
     due: dict[str, Any] = {}
     with warnings.catch_warnings(), _watched(truth, case, edit):
         # One of a slow path in vmap comes from C++, which no filter of ours has seen yet.

@@ -172,9 +172,10 @@ def gradient_edits() -> SearchStrategy[Case]:
 
 @check(
     "firing.returned_gradients",
-    "A gradient that a backward hook returns, or leaves in place of the one that it was given (be it "
-    "through .data), takes its place: what flows on, to every earlier site and every parameter, is what flows on "
-    "from such a change on the reference, also through an edit of the value there.",
+    "A gradient that a backward hook returns, or leaves in place of the one that it was given (be "
+    "it through .data), takes its place: what flows on, to every earlier site and every "
+    "parameter, is what flows on from such a change on the reference, also through an edit of the "
+    "value there.",
     gradient_edits,
     examples=0.5,
 )
