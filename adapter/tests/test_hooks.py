@@ -27,6 +27,10 @@ def flagged(bridge: Any, flag: Any) -> Any:
     return bridge
 
 
+def half_one(tensor: Any, hook: Any) -> Any:
+    return torch.cat((tensor[:, :1] / 2, tensor[:, 1:]), dim=1)
+
+
 def flip(tensor: Any) -> Any:
     """Change the second position, and nothing else."""
     tensor = tensor.clone()
@@ -220,6 +224,23 @@ def test_per_head_hooks_need_a_plain_weight() -> None:
     bridge.add_hook("blocks.0.attn.hook_q_input", lambda tensor, hook: None)
     with pytest.raises(TypeError, match="Adapted"):
         bridge(TOKENS)
+
+
+@pytest.mark.parametrize("flag", FLAGGED)
+def test_an_offloaded_model_is_edited_as_any(flag: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    wrapped = "" if flag == "use_hook_mlp_in" else "attn."
+    edits = [(f"blocks.1.{wrapped}{name}", half_one) for name in FLAGGED[flag]]
+    logits = []
+    for offloaded in (False, True):
+        model = models.olmo(**SHAPES["gqa-clip-bias"])
+        if offloaded:
+            accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        bridge = flagged(models.bridged(model), flag)
+        logits += [bridge(TOKENS), bridge.run_with_hooks(TOKENS, fwd_hooks=edits)]
+    plain, edited, *again = logits
+    assert not same(plain, edited)
+    assert all(map(same, (plain, edited), again))
 
 
 def test_results_of_heads_can_be_ablated_exactly() -> None:

@@ -125,8 +125,8 @@ add(
     "such a projection",
     "flags.refused",
     forks,
-    "weight_of",
-    lambda original: lambda projection: projection.weight,
+    "parameters_of",
+    lambda original: lambda projection: (projection.weight, projection.bias),
 )
 
 
