@@ -21,6 +21,7 @@ from adapter.forks import (
 )
 from adapter.hooks import drop_hook, new_hook
 from adapter.layouts import HeadsAfterPositions, SplitHeads
+from adapter.running import residual_before
 
 
 class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
@@ -82,12 +83,12 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
         named = ("hidden_states", "position_embeddings", "attention_mask", "past_key_values")
         kwargs.update(zip(named, args, strict=False))
 
+        residual = residual_before(self)
         hidden_states = self.hook_in(kwargs["hidden_states"])
         input_shape = hidden_states.shape[:-1]
         heads = (*input_shape, -1, hf.head_dim)
-        query, key, value = (
-            x.view(heads).transpose(1, 2) for x in self._clip(*self._project(hidden_states))
-        )
+        projected = self._clip(*self._project(hidden_states, residual))
+        query, key, value = (x.view(heads).transpose(1, 2) for x in projected)
 
         cos, sin = self._rotation(hidden_states, kwargs)
         query, key = apply_rotary_pos_emb(query, key, cos, sin)
@@ -112,13 +113,19 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
         """Whether a flag asks for one copy of the residual stream per head."""
         return any(getattr(self.config, f, False) for f in ("use_split_qkv_input", "use_attn_in"))
 
-    def _project(self, hidden_states: torch.Tensor) -> list[torch.Tensor]:
-        """Flat queries, keys and values ``[batch, pos, head * d_head]``, before the clamp."""
+    def _project(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Flat queries, keys and values ``[batch, pos, head * d_head]``, before the clamp.
+
+        Args:
+            hidden_states: What they are projections of, ``[batch, pos, d_model]``.
+            residual: What ln1 has made that of.
+        """
         linears = (self.q, self.k, self.v)
         if not self.forks_input:
             return [linear(hidden_states) for linear in linears]
         hf: Any = self.original_component
-        residual, self._captured_pre_ln_residual = self._captured_pre_ln_residual, None
         if residual is None or self._ln1_module is None:  # called alone: nothing precedes it
             residual, norm = hidden_states, torch.nn.Identity().forward
         else:  # not the module: PyTorch's hooks on it have seen their one call
@@ -135,13 +142,15 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
 
         return [
             linear(hidden_states, through=partial(change_in, linear, change))
+            if change is not None
+            else linear(hidden_states)
             for linear, change in zip(linears, self._changes(residual, norm), strict=True)
         ]
 
     def _changes(
         self, residual: torch.Tensor, norm: Callable[[torch.Tensor], torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """What edits of the per-head copies change for queries, keys and values.
+    ) -> list[torch.Tensor | None]:
+        """What edits of the per-head copies change for queries, keys and values, if any is hooked.
 
         Under ``use_attn_in`` there is one copy per query head. Key-value head j serves a group of
         them and reads the mean of the group's copies, so that no copy is without effect on it.
@@ -151,7 +160,7 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
         n_heads = hf.config.num_attention_heads
         if getattr(self.config, "use_attn_in", False):
             change = change_of_heads(residual, norm, self.hook_attn_in, n_heads)
-            grouped = mean_of_groups(change, groups)
+            grouped = None if change is None else mean_of_groups(change, groups)
             return [change, grouped, grouped]
         return [
             change_of_heads(residual, norm, self.hook_q_input, n_heads),

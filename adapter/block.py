@@ -8,7 +8,8 @@ import torch
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
-from adapter.recompute import same_hooks_again
+from adapter.recompute import recompute_alike
+from adapter.running import begin, set_apart
 
 
 class OlmoBlockBridge(BlockBridge):
@@ -19,19 +20,17 @@ class OlmoBlockBridge(BlockBridge):
     their owner.
     """
 
-    _runs = False
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block on the residual stream ``[batch, pos, d_model]``."""
-        # Of a forward whose hook runs this one.
-        captured, runs = self.attn._captured_pre_ln_residual, self._runs
-        vars(self)["_runs"] = True
-        try:
-            with same_hooks_again(self, self.original_component):
-                return super().forward(*args, **kwargs)
-        finally:
-            self.attn._captured_pre_ln_residual = captured
-            vars(self)["_runs"] = runs
+        recompute_alike(self, self.original_component)
+        with set_apart():
+            return super().forward(*args, **kwargs)
+
+    def _hook_input_hidden_states(self, *args: Any) -> Any:
+        """Fire ``hook_in``, whose hooks come before the layer."""
+        hooked = super()._hook_input_hidden_states(*args)
+        begin(self)
+        return hooked
 
     def _check_stop_at_layer(self, *args: Any, **kwargs: Any) -> None:
         """Stop with a tensor of the caller's own: hooks may keep the one that they have seen."""
@@ -41,25 +40,11 @@ class OlmoBlockBridge(BlockBridge):
             raise StopAtLayerException(stop.layer_output.clone()) from None
 
     def _maybe_wire_capture_hooks(self) -> None:
-        """Listen at the two LayerNorms, once."""
+        """Listen at the second LayerNorm, once."""
         self._wire_ln1_module()
-        if self._capture_hooks_wired:
-            return
-        self._capture_hook_handles += [
-            # The wrapped module and not ln1 itself: an edit at ln1.hook_in must be in the capture.
-            self.ln1.original_component.register_forward_pre_hook(self._capture_residual),
-            self.ln2.register_forward_pre_hook(self._fire_mlp_in),
-        ]
-        self._capture_hooks_wired = True
-
-    def _capture_residual(self, _module: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        """Keep the residual stream that attention forks per head, ``[batch, pos, d_model]``.
-
-        In a forward under no flag as well: a hook between here and there may turn one on.
-        """
-        wanted = self._runs or self.attn.forks_input
-        if wanted and self.attn._captured_pre_ln_residual is None:
-            self.attn._captured_pre_ln_residual = args[0]
+        if not self._capture_hooks_wired:
+            self._capture_hook_handles.append(self.ln2.register_forward_pre_hook(self._fire_mlp_in))
+            self._capture_hooks_wired = True
 
     def _fire_mlp_in(
         self, _module: torch.nn.Module, args: tuple[Any, ...]

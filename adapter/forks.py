@@ -13,22 +13,43 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from transformer_lens.hook_points import HookPoint
 
+from adapter.hooks import is_hooked
 
-def weight_of(projection: Any) -> torch.Tensor:
-    """The weight ``[out, in]`` of a projection that is nothing but that weight and a bias."""
-    if isinstance(projection, torch.nn.Linear) and projection.weight.is_floating_point():
-        return projection.weight
-    raise TypeError(
-        f"per-head hooks need the projection's weight, and a {type(projection).__name__} computes "
-        "more than a weight (an adapter, a quantization); merge it or turn the flag off"
-    )
+
+class _Operands(TorchFunctionMode):
+    """Takes down with what a linear map is called, and computes nothing."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.nn.functional.linear:
+            return func(*args, **(kwargs or {}))
+        input, self.weight, self.bias = args
+        return input
+
+
+def parameters_of(projection: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight ``[out, in]`` and bias of a projection that is nothing but these."""
+    if not (isinstance(projection, torch.nn.Linear) and projection.weight.is_floating_point()):
+        raise TypeError(
+            "per-head hooks need the projection's weight, and a "
+            f"{type(projection).__name__} computes more than a weight (an adapter, a "
+            "quantization); merge it or turn the flag off"
+        )
+    if not projection.weight.is_meta:
+        return projection.weight, projection.bias
+    # What accelerate has offloaded is there while the projection runs, and no longer.
+    with _Operands() as used:
+        projection.forward(torch.empty(0, projection.in_features, dtype=projection.weight.dtype))
+    return used.weight, used.bias
 
 
 def change_of_heads(
     residual: torch.Tensor, norm: Any, hook: HookPoint, n_heads: int
-) -> torch.Tensor:
+) -> torch.Tensor | None:
     """What an edit of the per-head copies changes in the heads' normalized input.
 
     Args:
@@ -39,8 +60,11 @@ def change_of_heads(
 
     Returns:
         ``[batch, pos, head, d_model]``, at least float32: subtracting nearby values and adding
-        the difference again must not round in low precision.
+        the difference again must not round in low precision. None if nothing listens at ``hook``:
+        then there is no need to ask whether anything has changed, which vmap does not allow.
     """
+    if not is_hooked(hook):
+        return None
     copies = residual.unsqueeze(2).repeat(1, 1, n_heads, 1)
     hooked = hook(copies.clone())
     wide = torch.promote_types(residual.dtype, torch.float32)
@@ -70,7 +94,7 @@ def project_change(change: torch.Tensor, projection: Any, d_head: int) -> torch.
     Returns:
         ``[batch, pos, head * d_head]``, to be added to the projection of the shared input.
     """
-    weight = weight_of(projection).view(-1, d_head, projection.in_features)
+    weight = parameters_of(projection)[0].view(-1, d_head, projection.in_features)
     return torch.einsum("bphm,hdm->bphd", change.to(weight.dtype), weight).flatten(2)
 
 
@@ -89,11 +113,12 @@ def head_contributions(
         ``[batch, pos, d_model]``: positions without an edit keep the plain projection's value. The
         dtype is the plain projection's: under autocast a bias is wider than that.
     """
-    weight = weight_of(projection).view(projection.out_features, -1, d_head)
+    weight, bias = parameters_of(projection)
+    weight = weight.view(projection.out_features, -1, d_head)
     summands = torch.einsum("bphd,mhd->bphm", z.view(*z.shape[:-1], -1, d_head), weight)
     hooked = hook(summands.clone())
     plain: torch.Tensor = projection(z)
     connected = plain + (hooked - summands).sum(2)
-    rebuilt = hooked.sum(2) if projection.bias is None else hooked.sum(2) + projection.bias
+    rebuilt = hooked.sum(2) if bias is None else hooked.sum(2) + bias
     edited = (hooked != summands).flatten(2).any(-1, keepdim=True)
     return torch.where(edited, rebuilt, connected).to(plain.dtype)

@@ -151,8 +151,8 @@ class OlmoHookPoint(HookPoint):
         def before(module: torch.nn.Module, gradients: Any) -> Any:
             own = tuple(None if gradient is None else gradient.clone() for gradient in gradients)
             returned = hook(module, own, own)
-            written = any(gradient is not None and gradient._version for gradient in own)
-            return own if returned is None and written else returned
+            # Nothing tells whether it was written to: through ``.data`` or NumPy no version counts.
+            return own if returned is None else returned
 
         before.__name__ = getattr(hook, "__name__", repr(hook))
         return self.register_full_backward_pre_hook(before, prepend=prepend)

@@ -8,6 +8,7 @@ import torch
 from transformer_lens.model_bridge.generalized_components import NormalizationBridge
 
 from adapter.hooks import is_hooked
+from adapter.running import run_of_norm
 
 EPS = 1e-5  # a literal inside transformers' OlmoLayerNorm; the configuration has no such field
 
@@ -27,8 +28,18 @@ class OlmoLayerNormBridge(NormalizationBridge):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Normalize ``[batch, pos, d_model]``."""
+        run = run_of_norm(self)
         if getattr(self, "_relevance_rule_active", False):  # LRP rules of releases before 4.3
-            return super().forward(hidden_states, **kwargs)
+            result = super().forward(hidden_states, **kwargs)
+        else:
+            hidden_states, result = self._observed(hidden_states)
+        # Under no flag as well: a hook between here and attention may turn one on.
+        if run is not None:
+            run.residual = hidden_states
+        return result
+
+    def _observed(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is normalized, hooks at ``hook_in`` done, and what becomes of it."""
         hidden_states = self.hook_in(hidden_states)
         scaled = is_hooked(self.hook_scale)
         if scaled:
@@ -38,8 +49,7 @@ class OlmoLayerNormBridge(NormalizationBridge):
         output = self._native(hidden_states)
         if scaled:
             output = self._apply_scale_hook(hidden_states, output)
-        result: torch.Tensor = self.hook_out(self.hook_normalized(output))
-        return result
+        return hidden_states, self.hook_out(self.hook_normalized(output))
 
     def _native(self, hidden_states: torch.Tensor) -> torch.Tensor:
         component = self.original_component

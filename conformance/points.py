@@ -45,7 +45,7 @@ def _gradient_hook(recorder: Recorder, name: str) -> Callable[..., Any]:
         new = recorder.gradient(name, tensor.detach().clone())
         if new is None or name not in recorder.overwrites:
             return (new,) if new is not None and recorder.wraps else new
-        tensor.copy_(new)
+        (tensor.data if recorder.unnoticed else tensor).copy_(new)
         return tensor if recorder.overwrites[name] else None
 
     return hook

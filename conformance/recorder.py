@@ -53,6 +53,7 @@ class Recorder:
         wraps: Whether a gradient that is returned to a bridge is in a tuple, as PyTorch's own are.
         overwrites: Sites of a bridge whose gradient is edited where it lies, and whether the hook
             that did so hands it back as well.
+        unnoticed: Whether such an edit is written past PyTorch, which counts the others.
     """
 
     hooking = False
@@ -61,6 +62,7 @@ class Recorder:
     copying = True
     wraps = False
     overwrites: Mapping[str, bool] = {}
+    unnoticed = False
 
     def begin(self, case: Case) -> None:
         """Forget the last run."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -163,6 +166,30 @@ def test_a_hook_may_remove_another_while_a_checkpointed_block_runs() -> None:
     bridge.add_hook("blocks.0.attn.hook_z", lambda tensor, hook: handle.hook.remove())
     bridge(TOKENS)
     assert fired == []
+
+
+def wrappers(bridge: Any) -> list[Any]:
+    return [block.original_component._gradient_checkpointing_func for block in bridge.blocks]
+
+
+def test_a_checkpoint_is_wrapped_once_whoever_runs_it() -> None:
+    bridge = models.bridged(models.olmo())
+    bridge.original_model.gradient_checkpointing_enable({"use_reentrant": False})
+    bridge.train()
+    bare = wrappers(bridge)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(bridge, [TOKENS] * 40))
+    finally:
+        sys.setswitchinterval(before)
+    twins: list[Any] = []
+    copy_it = [("blocks.0.attn.hook_z", lambda tensor, hook: twins.append(copy.deepcopy(bridge)))]
+    bridge.run_with_hooks(TOKENS, fwd_hooks=copy_it)
+    for each in (bridge, twins[0]):
+        assert [wrapper.block for wrapper in wrappers(each)] == list(each.blocks)
+        assert [wrapper.function.func for wrapper in wrappers(each)] == [bare[0].func] * 2
 
 
 @pytest.mark.parametrize("name", GATED)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adapter.tests import models
 from adapter.tests.models import SHAPES, TOKENS, same
@@ -24,6 +25,10 @@ def flagged(bridge: Any, flag: Any) -> Any:
     if flag is not None:
         setattr(bridge.cfg, flag, True)
     return bridge
+
+
+def half_one(tensor: Any, hook: Any) -> Any:
+    return torch.cat((tensor[:, :1] / 2, tensor[:, 1:]), dim=1)
 
 
 def flip(tensor: Any) -> Any:
@@ -196,6 +201,13 @@ def test_a_stream_that_is_not_finite_is_no_edit(flag: Any) -> None:
     assert same(queries(), expected)
 
 
+@pytest.mark.parametrize("flag", FLAGGED)
+def test_a_flag_costs_a_fake_forward_nothing(flag: str) -> None:
+    bridge = flagged(models.bridged(models.olmo()), flag)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert bridge(TOKENS).shape == (*TOKENS.shape, bridge.cfg.d_vocab)
+
+
 def test_per_head_hooks_need_a_plain_weight() -> None:
     class Adapted(torch.nn.Module):
         def __init__(self, linear: Any) -> None:
@@ -208,8 +220,27 @@ def test_per_head_hooks_need_a_plain_weight() -> None:
     model = models.olmo()
     model.model.layers[0].self_attn.q_proj = Adapted(model.model.layers[0].self_attn.q_proj)
     bridge = flagged(models.bridged(model), "use_split_qkv_input")
+    assert same(bridge(TOKENS), models.olmo()(TOKENS).logits)
+    bridge.add_hook("blocks.0.attn.hook_q_input", lambda tensor, hook: None)
     with pytest.raises(TypeError, match="Adapted"):
         bridge(TOKENS)
+
+
+@pytest.mark.parametrize("flag", FLAGGED)
+def test_an_offloaded_model_is_edited_as_any(flag: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    wrapped = "" if flag == "use_hook_mlp_in" else "attn."
+    edits = [(f"blocks.1.{wrapped}{name}", half_one) for name in FLAGGED[flag]]
+    logits = []
+    for offloaded in (False, True):
+        model = models.olmo(**SHAPES["gqa-clip-bias"])
+        if offloaded:
+            accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        bridge = flagged(models.bridged(model), flag)
+        logits += [bridge(TOKENS), bridge.run_with_hooks(TOKENS, fwd_hooks=edits)]
+    plain, edited, *again = logits
+    assert not same(plain, edited)
+    assert all(map(same, (plain, edited), again))
 
 
 def test_results_of_heads_can_be_ablated_exactly() -> None:

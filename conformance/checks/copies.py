@@ -35,6 +35,7 @@ from conformance.compare import (
     compare_values,
     labelled,
 )
+from conformance.inputs import inputs
 from conformance.observe import observe, sites_of
 from conformance.points import hook_points
 from conformance.spec import DTYPES, FLAGS, Case
@@ -65,9 +66,25 @@ def _state_gaps(due: dict[str, object], bridge: Any, label: str) -> Iterator[Gap
             yield Gap(f"{label}: {name}", "contract", f"{now!r:.60} instead of {was!r:.60}")
 
 
+def _copied_late(subject: Subject, case: Case) -> Subject:
+    """A copy made after a forward, or in the midst of one that keeps a graph, by a hook."""
+    draw = drawing(case)
+    if draw(2):
+        return copied(subject)
+    sites = list(sites_to_hook(subject, case))
+    point = hook_points(subject)[sites[draw(len(sites))]]
+    made: list[Subject] = []
+    point.add_hook(lambda tensor, hook: made.append(copied(subject)))
+    with at_work("a forward whose hook copies the bridge"):
+        bridge_of(subject)(inputs(case).tokens)
+    point.remove_hooks()
+    bridge_of(made[0]).reset_hooks()
+    return made[0]
+
+
 @check(
     "copies.deepcopy",
-    "copy.deepcopy of a bridge, before and after forwards, is an independent bridge: values, "
+    "copy.deepcopy of a bridge, before, in and after forwards, is an independent bridge: values, "
     "gradients, hooks, flags and weights never cross over.",
     cases,
     examples=0.3,
@@ -80,7 +97,7 @@ def deepcopy(adapter: Adapter, case: Case) -> Iterator[Gap]:
     assert original.bridge is not None
     yield from _state_gaps(_state(original.bridge), early.bridge, "copied before a forward")
     observe(original, case)
-    late = copied(original)
+    late = _copied_late(original, case)
     with at_work("copying a bridge together with its optimizer"):
         pair = original.bridge, torch.optim.SGD(original.bridge.parameters())
         twin, optimizer = copy.deepcopy(pair)
@@ -99,7 +116,7 @@ def deepcopy(adapter: Adapter, case: Case) -> Iterator[Gap]:
     truth = reference(case.model)
     wanted = sites_of(original, case)
     expected = observe(truth, case, sites=wanted)
-    for name, subject in (("copied before a forward", early), ("copied after one", late)):
+    for name, subject in (("copied before a forward", early), ("copied in or after one", late)):
         actual = observe(subject, case, sites=wanted, gradients_at=frozenset())
         for gap in (
             *compare_values(expected, actual, wanted),

@@ -150,6 +150,7 @@ class _Editor(Recorder):
         }
         scaled = case.run.token_seed % 3 != 1
         self.wraps = case.run.token_seed // 3 % 3 == 0
+        self.unnoticed = bool(case.run.token_seed // 9 % 2)
         self.edits = {at: Edit(site=at) for at in self.edits if scaled}
 
     def gradient(self, name: str, tensor: torch.Tensor) -> torch.Tensor | None:
@@ -172,9 +173,10 @@ def gradient_edits() -> SearchStrategy[Case]:
 
 @check(
     "firing.returned_gradients",
-    "A gradient that a backward hook returns, or leaves in place of the one that it was given, "
-    "takes its place: what flows on, to every earlier site and every parameter, is what flows on "
-    "from such a change on the reference, also through an edit of the value there.",
+    "A gradient that a backward hook returns, or leaves in place of the one that it was given (be "
+    "it through .data), takes its place: what flows on, to every earlier site and every "
+    "parameter, is what flows on from such a change on the reference, also through an edit of the "
+    "value there.",
     gradient_edits,
     examples=0.5,
 )

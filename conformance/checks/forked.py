@@ -199,11 +199,20 @@ def behind_flags_too(
     *,
     backward: bool = True,
     dtype: torch.dtype | None = None,
+    passing: bool = False,
 ) -> Iterator[Gap]:
     """A third of the cases: what edits behind drawn flags come to, however the bridge is run.
 
-    Only of adapters that declare exact flags: what those of others do `flags.edits` says. See
-    `paired` for the arguments. Where something is computed again, hooks may fire again.
+    Only of adapters that declare exact flags: what those of others do `flags.edits` says. Where
+    something is computed again, hooks may fire again.
+
+    Args:
+        adapter: As in `paired`.
+        subject: As in `paired`.
+        case: As in `paired`.
+        backward: As in `paired`.
+        dtype: As in `paired`.
+        passing: A hook behind the last block turns the flags off.
     """
     draw = drawing(case)
     if draw(3) or not is_exact(adapter):
@@ -211,7 +220,12 @@ def behind_flags_too(
     case = under_flags(case, draw)
     flags = case.run.flags
     turn(subject, flags, True)
+    if passing:
+        last = bridge_of(subject).hook_dict["ln_final.hook_out"]
+        last.add_hook(lambda tensor, hook: turn(subject, flags, False))
     pair = paired(adapter, subject, case, backward=backward, dtype=dtype)
+    if passing:
+        last.remove_hooks()
     once = replace(pair.actual, fired=tuple(dict.fromkeys(pair.actual.fired)))
     turn(subject, flags, False)
     for edit in case.run.edits:

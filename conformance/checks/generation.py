@@ -179,7 +179,9 @@ def differing_streams(
     Of a stream that takes no mask `generation.stream` tells: known defect no-mask-of-a-stream.
     """
     stream = getattr(bridge_of(subject), "generate_stream", None)
-    taken = signature(stream).parameters.values() if stream is not None else ()
+    if stream is None:
+        return
+    taken = signature(stream).parameters.values()
     if not any(each.name == "attention_mask" or each.kind is each.VAR_KEYWORD for each in taken):
         return
     data = inputs(case)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
 from transformer_lens.hook_points import HookPoint
 
+from conformance.checks.forked import is_exact
+from conformance.checks.gates import FORKS
 from conformance.checks.hooking import value_gaps
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import (
@@ -64,16 +70,62 @@ def kept(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield from value_gaps(name, sites[name], expected, tensor)
 
 
+def _mostly_forks() -> SearchStrategy[tuple[str, ...]]:
+    """Flags of a bridge; in most cases one that copies what heads read, and no other."""
+    forks = st.sampled_from(FORKS[1:])
+    return st.one_of(legal_flags(), forks, forks, forks)
+
+
+class _Beside:
+    """A second thread: from where a hook starts it up to where it waits; then on, at the end."""
+
+    def __init__(self) -> None:
+        self.arrived, self.leave = threading.Event(), threading.Event()
+        self.work: list[Future[None]] = []
+        self.threads: set[int] = set()
+
+    def __enter__(self) -> None:
+        """Nothing is started yet."""
+
+    def __exit__(self, *_: object) -> None:
+        self.leave.set()
+        for each in self.work:
+            each.result()
+
+    def inside(self) -> bool:
+        """Whether this is the second thread."""
+        return threading.get_ident() in self.threads
+
+    def start(self, function: Callable[[], None]) -> None:
+        """Start it, and go on when it waits, or is done."""
+
+        def known() -> None:
+            self.threads.add(threading.get_ident())
+            function()
+
+        pool = ThreadPoolExecutor(1)
+        self.work.append(pool.submit(known))
+        self.work[-1].add_done_callback(lambda _: self.arrived.set())
+        pool.shutdown(wait=False)
+        self.arrived.wait()
+
+    def wait(self) -> None:
+        """Wait, in the second thread, for the end of the run that the first one is in."""
+        self.arrived.set()
+        self.leave.wait()
+
+
 def _halve(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor:
     return tensor / 2 if tensor.is_floating_point() else tensor
 
 
 @check(
     "hook_api.nested",
-    "A hook that runs the model on other tokens gets what it gets outside of a hook, under flags "
-    "and with an edit too, and the run around it is what it is without that.",
-    lambda: cases(runs=lambda model: run_specs(model, flags=legal_flags())),
-    examples=0.25,
+    "A hook that runs the model on other tokens, or its ln1 alone, gets what it gets outside of a "
+    "hook, under flags and with an edit too, and the run around it is what it is without that; so "
+    "it is where the other run is another thread's, and ends later.",
+    lambda: cases(runs=lambda model: run_specs(model, flags=_mostly_forks())),
+    examples=0.3,
 )
 def nested(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """One edit, and every value of the run around: each bit as where neither is within the other.
@@ -85,46 +137,61 @@ def nested(adapter: Adapter, case: Case) -> Iterator[Gap]:
     bridge: Any = bridge_of(subject)
     sites = list(sites_to_hook(subject, case))
     edits, places = sites, sites
-    if case.run.flags and draw(6):
+    if case.run.flags and draw(12):
         turn(subject, case.run.flags, True)
-        edits = list(behind_flags(case.model, case.run.flags)) if draw(4) else sites
+        edits = list(behind_flags(case.model, case.run.flags)) if draw(8) else sites
     edit = edits[draw(len(edits))]
     block, _, rest = edit.partition(".attn.")
-    if rest and draw(4):
-        places = [f"{block}.ln1.hook_out", f"{block}.attn.hook_in"]
+    if rest and draw(8):
+        names = ("ln1.hook_out", "ln1.hook_in", "hook_in")
+        places = [f"{block}.{name}" for name in names]
     place = places[draw(len(places))]
+    # Of threads, upstream makes what chance will: it keeps what it copies on the module.
+    threads = is_exact(adapter) and rest and draw(2)
     seed = case.run.token_seed ^ 1
     other = replace(case, run=replace(case.run, token_seed=seed), tokens=case.tokens[::-1])
     given = {"return_type": "logits", **options(subject, case)}
     within: list[torch.Tensor] = []
     seen: dict[str, torch.Tensor] = {}
     running, calls = False, 0
+    beside = _Beside()
+
+    def run_other() -> None:
+        with torch.no_grad():
+            within.append(bridge(inputs(other).tokens, **given))
 
     def run(tensor: torch.Tensor, hook: HookPoint) -> None:
         nonlocal running, calls
         calls += 1
-        if not running:
+        if beside.inside():
+            beside.wait()
+        elif not running:
             running = True
-            within.append(bridge(inputs(other).tokens, **given))
-            running = False
+            if threads:
+                beside.start(run_other)
+            else:
+                run_other()
+            before = calls
+            if rest:
+                bridge.get_submodule(f"{block}.ln1")(bridge.W_E[inputs(other).tokens])
+            calls, running = before, False
 
     def keep(tensor: torch.Tensor, hook: HookPoint) -> None:
-        if not running:
+        if not running and not beside.inside():
             seen[str(hook.name)] = tensor.detach().clone()
 
     def forward(case: Case, *hooks: Any) -> torch.Tensor:
         every = [(edit, _halve), *hooks, *((name, keep) for name in sites)]
-        with at_work(f"a forward with an edit at {edit}"), torch.no_grad():
-            logits: torch.Tensor = bridge.run_with_hooks(
-                inputs(case).tokens, fwd_hooks=every, **given
-            )
+        hooked = bridge.hooks(fwd_hooks=every)
+        with at_work(f"a forward with an edit at {edit}"), hooked, torch.no_grad(), beside:
+            logits: torch.Tensor = bridge(inputs(case).tokens, **given)
         return logits
 
     alone = forward(other)
     around, due = forward(case), dict(seen)
     seen.clear()
     got = forward(case, (place, run))
-    label = f"with an edit at {edit} and a run in a hook at {place}"
+    label = f"with an edit at {edit} and a run in a hook at {place}{', beside' * bool(threads)}"
     yield from exact_gaps(due, seen)
     yield from labelled(label, bitwise("logits of the run around", around, got))
     for logits in within:

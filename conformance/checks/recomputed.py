@@ -102,8 +102,8 @@ def _replay(
     "when the backward recomputes it, as far as it does, and the others once, both times with the "
     "reference's tensor; backward hooks fire once, in reverse order, with its gradient; an edit "
     "acts in the recomputation too, reentrant or not, also where its hook is gone by then, or "
-    "behind a flag, or where one backward is of several forwards, each with hooks of its own; an "
-    "error there leaves none of them on.",
+    "behind a flag, be it off by then, or where one backward is of several forwards, each with "
+    "hooks of its own; an error there leaves none of them on.",
     trained_cases,
     examples=0.4,
 )
@@ -121,7 +121,7 @@ def recomputed(adapter: Adapter, case: Case) -> Iterator[Gap]:
         enable = subject.model.gradient_checkpointing_enable
         enable({"use_reentrant": reentrant})  # type: ignore[no-untyped-call]
     with set_checkpoint_early_stop(not whole):
-        yield from behind_flags_too(adapter, subject, case)
+        yield from behind_flags_too(adapter, subject, case, passing=case.run.token_seed % 3 > 0)
         if passing:
             yield from labelled("two forwards, one backward", _both(subject, case, plain))
             yield from labelled("hooks gone by then", _passing(subject, case, expected, plain))

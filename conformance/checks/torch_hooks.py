@@ -17,6 +17,7 @@ from conformance.compare import Gap
 from conformance.observe import observe
 from conformance.parts import Part, parts
 from conformance.recorder import Observation
+from conformance.sites import behind_flags
 from conformance.spec import Case
 from conformance.strategies import cases, legal_flags, run_specs
 from conformance.subjects import Subject, bridged, reference
@@ -106,6 +107,8 @@ def torch_hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     flagged = bool(draw(3))
     if flagged:
         turn(subject, case.run.flags, True)
+        for name in behind_flags(case.model, case.run.flags if case.run.token_seed % 4 else ()):
+            bridge_of(subject).hook_dict[name].add_hook(lambda tensor, hook: None)
     modules = _bridge_modules(subject, every)
     edited = [name for name in modules if draw(3) == 0]
     truth = reference(case.model)

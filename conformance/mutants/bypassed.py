@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,29 +19,28 @@ from adapter.unembedding import OlmoUnembeddingBridge
 from conformance.mutants.catalogue import add, mutant
 
 
-@mutant("recompute.last", "two forwards", "firing.recomputed", recompute, "_hooks_of")
+@mutant("recompute.last", "two forwards", "firing.recomputed", recompute, "_settings_of")
 def last(original: Any) -> Any:
     """What is computed again has the hooks of the last forward, whichever it is of."""
 
-    def hooks_of(module: torch.nn.Module) -> Any:
-        kept: list[Any] = vars(module).setdefault("_kept_hooks", [])
+    def settings_of(module: torch.nn.Module) -> Any:
+        kept: list[Any] = vars(module).setdefault("_kept_settings", [])
         kept[:] = original(module)
         return kept
 
-    return hooks_of
+    return settings_of
 
 
-@mutant("recompute.reentrant", "reentrant", "firing.recomputed", block, "same_hooks_again")
+@mutant("recompute.reentrant", "reentrant", "firing.recomputed", block, "recompute_alike")
 def reentrant(original: Any) -> Any:
     """With use_reentrant=True what is computed again lacks the hooks that are gone by then."""
 
-    def same_hooks_again(bridge: Any, layer: Any) -> Any:
+    def recompute_alike(bridge: Any, layer: Any) -> None:
         checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
-        if getattr(checkpoint, "keywords", {}).get("use_reentrant", True):
-            return nullcontext()
-        return original(bridge, layer)
+        if not getattr(checkpoint, "keywords", {}).get("use_reentrant", True):
+            original(bridge, layer)
 
-    return same_hooks_again
+    return recompute_alike
 
 
 @mutant(
@@ -127,8 +125,8 @@ add(
     "such a projection",
     "flags.refused",
     forks,
-    "weight_of",
-    lambda original: lambda projection: projection.weight,
+    "parameters_of",
+    lambda original: lambda projection: (projection.weight, projection.bias),
 )
 
 

@@ -21,8 +21,8 @@ from conformance.mutants.catalogue import add, mutant, shared
 def split_bias(original: Any) -> Any:
     """The path of the split inputs loses the projections' biases."""
 
-    def project(self: Any, hidden: torch.Tensor) -> list[torch.Tensor]:
-        projected = original(self, hidden)
+    def project(self: Any, *given: Any) -> list[torch.Tensor]:
+        projected = original(self, *given)
         if not self.forks_input:
             return projected  # type: ignore[no-any-return]
         biases = [linear.original_component.bias for linear in (self.q, self.k, self.v)]
@@ -108,7 +108,9 @@ def attn_in_of_queries(original: Any) -> Any:
 
     def changes(self: Any, residual: torch.Tensor, norm: Any) -> Any:
         q, k, v = original(self, residual, norm)
-        return [q, k.detach(), v.detach()] if self.config.use_attn_in else [q, k, v]
+        if q is None or not self.config.use_attn_in:
+            return [q, k, v]
+        return [q, k.detach(), v.detach()]
 
     return changes
 
@@ -136,7 +138,9 @@ def keys_are_values(original: Any) -> Any:
 
     def changes(self: Any, residual: torch.Tensor, norm: Any) -> Any:
         q, k, v = original(self, residual, norm)
-        return [q, k + v, v + k] if self.config.use_split_qkv_input else [q, k, v]
+        if k is None or v is None or not self.config.use_split_qkv_input:
+            return [q, k, v]
+        return [q, k + v, v + k]
 
     return changes
 
@@ -155,7 +159,7 @@ def first_chunk(original: Any) -> Any:
         changed = original(self, residual, norm)
         before = vars(self).get("_forwards", 0)
         vars(self)["_forwards"] = before + 1
-        return [x * 0 if before else x for x in changed]
+        return [None if before else x for x in changed]
 
     return changes
 
@@ -267,6 +271,6 @@ def processed(original: Any) -> Any:
 
     def changes(self: Any, residual: torch.Tensor, norm: Any) -> Any:
         changed = original(self, residual, norm)
-        return [x * 0 if self.compatibility_mode else x for x in changed]
+        return [None if self.compatibility_mode else x for x in changed]
 
     return changes

@@ -115,9 +115,9 @@ def extra(original: Any) -> Any:
 def key_before_query(original: Any) -> Any:
     """K is projected, and fires, before q."""
 
-    def project(self: Any, hidden: torch.Tensor) -> Any:
+    def project(self: Any, hidden: torch.Tensor, residual: Any) -> Any:
         if self.forks_input:
-            return original(self, hidden)
+            return original(self, hidden, residual)
         k, q, v = (linear(hidden) for linear in (self.k, self.q, self.v))
         return [q, k, v]
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
+from adapter import block, running
 from adapter.block import OlmoBlockBridge
 from adapter.hooks import OlmoHookPoint, is_hooked
-from adapter.recompute import same_hooks_again
 from adapter.unembedding import OlmoUnembeddingBridge
 from conformance.mutants.catalogue import mutant
 
@@ -33,15 +35,17 @@ def once(original: Any) -> Any:
     return forward
 
 
-@mutant("nested.forgets", "a per-head flag", "hook_api.nested", OlmoBlockBridge, "forward")
+@mutant("nested.forgets", "a per-head flag", "hook_api.nested", block, "set_apart")
 def forgets(original: Any) -> Any:
     """A run within a hook forgets the residual stream that the run around has captured."""
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with same_hooks_again(self, self.original_component):
-            return BlockBridge.forward(self, *args, **kwargs)
+    @contextmanager
+    def set_apart() -> Iterator[None]:
+        with original():
+            yield
+        running._HERE.run = None
 
-    return forward
+    return set_apart
 
 
 @mutant("nested.silent", "an edit", "hook_api.nested", OlmoHookPoint, "__call__")

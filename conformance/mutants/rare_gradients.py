@@ -117,18 +117,19 @@ def zero_grad(original: Any) -> Any:
     return run
 
 
-@mutant("flags.weight_kept", "a forward under no_grad", "flags.edits", forks, "weight_of")
+@mutant("flags.weight_kept", "a forward under no_grad", "flags.edits", forks, "parameters_of")
 def weight_kept(original: Any) -> Any:
     """The weights by head of a forward without a gradient serve one with it."""
 
-    def weight_of(projection: Any) -> torch.Tensor:
-        weight: torch.Tensor = original(projection)
+    def parameters_of(projection: Any) -> Any:
+        weight, bias = original(projection)
         if not torch.is_grad_enabled():
             projection.__dict__["kept_weight"] = weight.detach()
         kept = projection.__dict__.get("kept_weight")
-        return weight if kept is None or kept.data_ptr() != weight.data_ptr() else kept
+        same = kept is not None and kept.data_ptr() == weight.data_ptr()
+        return (kept if same else weight), bias
 
-    return weight_of
+    return parameters_of
 
 
 @mutant(

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from adapter import recompute
+from adapter import normalization, recompute
 from adapter.attention import OlmoAttentionBridge
-from adapter.block import OlmoBlockBridge
 from adapter.compatibility import OlmoTransformerBridge
 from adapter.hooks import OlmoHookPoint
 from conformance.mutants.catalogue import mutant
@@ -61,13 +60,13 @@ def _(_original: Any) -> Any:
     """An error in the recomputation of a block leaves the hooks of its forward on."""
 
     @contextmanager
-    def put_back(hooks: Any) -> Iterator[None]:
-        today = [(point, {name: vars(point)[name] for name in then}) for point, then in hooks]
-        for point, then in hooks:
-            vars(point).update(then)
+    def put_back(settings: Any) -> Iterator[None]:
+        today = [(own, {name: own[name] for name in then}) for own, then in settings]
+        for own, then in settings:
+            own.update(then)
         yield
-        for point, now in today:
-            vars(point).update(now)
+        for own, now in today:
+            own.update(now)
 
     return put_back
 
@@ -82,9 +81,9 @@ def _(_original: Any) -> Any:
 def _(original: Any) -> Any:
     """The edit by heads is dropped, and nothing said."""
 
-    def project(self: Any, hidden_states: Any) -> Any:
+    def project(self: Any, hidden_states: Any, residual: Any) -> Any:
         try:
-            return original(self, hidden_states)
+            return original(self, hidden_states, residual)
         except ValueError:
             return [linear(hidden_states) for linear in (self.q, self.k, self.v)]
 
@@ -157,14 +156,14 @@ def _(original: Any) -> Any:
     "flags.from_the_start",
     "a hook that turns on a flag of what heads read, behind ln1",
     "firing.gated",
-    OlmoBlockBridge,
-    "_capture_residual",
+    normalization,
+    "run_of_norm",
 )
 def _(original: Any) -> Any:
     """Heads are shown the normalized stream if their flag was off at the LayerNorm."""
 
-    def capture(self: Any, module: Any, args: Any) -> None:
-        if self.attn.forks_input:
-            original(self, module, args)
+    def run_of_norm(norm: Any) -> Any:
+        run = original(norm)
+        return run if run is not None and run.attention.forks_input else None
 
-    return capture
+    return run_of_norm

@@ -32,10 +32,10 @@ def output(original: Any) -> Any:
 def flagged(original: Any) -> Any:
     """PyTorch's hooks on attn.q, k and v are not called under a flag of their input."""
 
-    def project(self: Any, hidden_states: torch.Tensor) -> Any:
+    def project(self: Any, hidden_states: torch.Tensor, residual: Any) -> Any:
         linears = (self.q, self.k, self.v)
         if not self.forks_input:
-            return original(self, hidden_states)
+            return original(self, hidden_states, residual)
         return [linear.forward(hidden_states) for linear in linears]
 
     return project
