@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+_CACHE = 5  # where past_key_values stands behind the mask, in a call by position
+
 
 class OlmoTextBridge(TransformerBridge):
     """A TransformerBridge whose texts are tokenized one by one, and whose pads never count.
@@ -14,7 +16,8 @@ class OlmoTextBridge(TransformerBridge):
     TransformerLens lets the tokenizer add its special tokens and takes them off the padded whole
     again. So an END that the tokenizer appends stays in all rows but the longest, one that the text
     itself ends with is lost, and truncation makes room for what is then taken off. Padding on the
-    right gets no mask, and counts in the loss.
+    right gets no mask, and counts in the loss; over a cache, what masks padding on the left is
+    taken for the mask of the cache's own slots.
     """
 
     def to_tokens(
@@ -46,7 +49,9 @@ class OlmoTextBridge(TransformerBridge):
             tokens, mask = self._encode(input, prepend_bos, padding_side, truncate=True)
             input = tokens.to(self.cfg.device)
             # Where nothing is padded there is nothing to mask.
-            attention_mask = None if bool(mask.all()) else mask.to(self.cfg.device)
+            if not bool(mask.all()):
+                cache = rest[_CACHE] if len(rest) > _CACHE else named.get("past_key_values")
+                attention_mask = _behind(cache, mask).to(self.cfg.device)
         return super().forward(
             input,
             return_type,
@@ -89,3 +94,9 @@ class OlmoTextBridge(TransformerBridge):
             place = slice(longest - len(row), None) if left else slice(len(row))
             tokens[index, place], mask[index, place] = row, 1
         return tokens, mask
+
+
+def _behind(cache: Any, mask: torch.Tensor) -> torch.Tensor:
+    """A mask of new tokens with the slots of a cache in front, ``[batch, cached + pos]``."""
+    cached = 0 if cache is None else int(cache.get_seq_length())
+    return torch.cat([mask.new_ones(len(mask), cached), mask], dim=1)

@@ -69,6 +69,25 @@ def test_texts_of_one_length_get_no_mask(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "attention_mask" not in given[0]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_cache_in_front_of_texts_is_seen(side: str) -> None:
+    bridge = bridged()
+    before = bridge.to_tokens(["ab"] * 3)
+
+    def over(*given: Any, **named: Any) -> torch.Tensor:
+        cache = bridge(before, return_type="logits_and_cache")[1]
+        logits: torch.Tensor = bridge(*given, past_key_values=cache, **named)
+        return logits
+
+    alone = [over(bridge.to_tokens(text).expand(3, -1))[0] for text in TEXTS]
+    together = over(TEXTS, padding_side=side)
+    for row, due in zip(together, alone, strict=True):
+        got = row[-len(due) :] if side == "left" else row[: len(due)]
+        assert torch.allclose(got, due, atol=1e-5)
+    cache = bridge(before, return_type="logits_and_cache")[1]
+    assert same(bridge(TEXTS, "logits", False, None, side, *[None] * 6, cache), together)
+
+
 def test_a_given_mask_is_kept() -> None:
     bridge = bridged()
     mask = torch.tensor([[1, 0, 1], [1, 1, 1]])
