@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import pre_tokenizers
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPTNeoXTokenizer
 
 import adapter
@@ -95,6 +97,24 @@ def test_a_given_mask_is_kept() -> None:
     expected = bridge(tokens, attention_mask=mask)
     assert same(bridge(["ab", "bc"], attention_mask=mask), expected)
     assert not same(bridge(["ab", "bc"]), expected)
+
+
+@pytest.mark.parametrize("call", ["generate", "generate_stream"])
+def test_what_pads_may_be_a_text(call: str) -> None:
+    bridge = bridged(pad_token=END)
+    generate = getattr(bridge, call)
+    if "attention_mask" not in signature(getattr(TransformerBridge, call)).parameters:
+        pytest.skip("TransformerLens cannot be told a mask")
+    asked = {"max_new_tokens": 3, "do_sample": False, "verbose": False, "return_type": "tokens"}
+
+    def made(texts: Any) -> torch.Tensor:
+        got = generate(texts, prepend_bos=False, stop_at_eos=False, **asked)
+        return got if call == "generate" else torch.cat(list(got), dim=1)
+
+    texts = [f"{END}a", "abc", "b"]
+    for row, text in zip(made(texts), texts, strict=True):
+        (alone,) = made(text)
+        assert row[-len(alone) :].tolist() == alone.tolist()
 
 
 def test_without_a_tokenizer_text_is_refused() -> None:
