@@ -8,6 +8,7 @@ import torch
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
+from adapter.partial_runs import OfTheCall
 from adapter.recompute import same_hooks_again
 
 
@@ -20,6 +21,9 @@ class OlmoBlockBridge(BlockBridge):
     """
 
     _runs = False
+    _stop_at_layer_idx = OfTheCall()
+    _start_at_layer_idx = OfTheCall()
+    _start_residual = OfTheCall()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block on the residual stream ``[batch, pos, d_model]``."""

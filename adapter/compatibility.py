@@ -10,6 +10,7 @@ import torch
 
 from adapter.calls import OlmoCalls
 from adapter.gates import refuse_gated
+from adapter.partial_runs import call_of_its_own
 from adapter.recorders import forget_output_recorders
 from adapter.state import WholeStateBridge
 from adapter.text import OlmoTextBridge
@@ -90,6 +91,7 @@ class OlmoTransformerBridge(OlmoCalls, OlmoTextBridge, WholeStateBridge):
         bias: torch.Tensor = super().accumulated_bias(*args, **kwargs)
         return bias.to(self.W_E.dtype)
 
+    @call_of_its_own()
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         """Run and cache; refuse a name whose hook fires only under a flag that is off."""
         given = signature(super().run_with_cache).bind(*args, **kwargs).arguments

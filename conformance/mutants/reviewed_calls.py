@@ -6,7 +6,9 @@ from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
 
-from adapter import text
+from adapter import hooks, text
+from adapter.block import OlmoBlockBridge
+from adapter.partial_runs import OfTheCall, current_call
 from adapter.text import OlmoTextBridge
 from conformance.mutants.catalogue import mutant
 
@@ -39,3 +41,39 @@ def _(_original: Any) -> Any:
 def _(_original: Any) -> Any:
     """The mask of several texts to stream is read off their pad tokens."""
     return TransformerBridge.generate_stream
+
+
+@mutant(
+    "nested.stops_all",
+    "stop_at_layer",
+    "hook_api.nested",
+    OlmoBlockBridge,
+    "_stop_at_layer_idx",
+)
+def _(_original: Any) -> Any:
+    """Where a run stops is written on the blocks, for every run."""
+
+
+@mutant("nested.starts_all", "start_at_layer", "hook_api.nested", OfTheCall, "__get__")
+def _(original: Any) -> Any:
+    """A run in a hook of one that starts late starts there too."""
+
+    def get(self: Any, owner: Any, kind: Any = None) -> Any:
+        value, call = original(self, owner, kind), current_call()
+        while value is None and call is not None and "start" in self._name:
+            value, call = call.kept.get((owner, self._name)), call.around
+        return value
+
+    return get
+
+
+@mutant(
+    "nested.cache_stops_all",
+    "run_with_cache with stop_at_layer",
+    "hook_api.nested",
+    hooks,
+    "in_a_hook_of",
+)
+def _(_original: Any) -> Any:
+    """What stops a run_with_cache stops the runs of its hooks too."""
+    return lambda call: False
