@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from transformer_lens.hook_points import HookPoint
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
+    # How the hooks of those numbers are called.
+    *("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs"),
+    "_forward_hooks_always_called",
+)
 
 Hooks = list[tuple[HookPoint, dict[str, Any]]]
 
