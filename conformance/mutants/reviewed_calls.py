@@ -7,6 +7,7 @@ from typing import Any
 from transformer_lens.model_bridge import TransformerBridge
 
 from adapter import hooks, text
+from adapter.attention import OlmoAttentionBridge
 from adapter.block import OlmoBlockBridge
 from adapter.partial_runs import OfTheCall, current_call
 from adapter.text import OlmoTextBridge
@@ -77,3 +78,15 @@ def _(original: Any) -> Any:
 def _(_original: Any) -> Any:
     """What stops a run_with_cache stops the runs of its hooks too."""
     return lambda call: False
+
+
+@mutant(
+    "attention.counts_from_the_end",
+    "a cache of fixed size under sdpa",
+    "calls.sdpa",
+    OlmoAttentionBridge,
+    "_mask_of_cache",
+)
+def _(_original: Any) -> Any:
+    """Where Hugging Face gives no mask, the last query sees all that a cache has room for."""
+    return lambda self, scores, cache: None
