@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
@@ -76,6 +77,23 @@ class OlmoTransformerBridge(OlmoCalls, OlmoTextBridge, WholeStateBridge):
         # a model that is frozen as a whole.
         for name, held in self.named_parameters():
             held.requires_grad_(trains.get(name, any(trains.values())))
+
+    def apply(self, fn: Callable[[torch.nn.Module], None]) -> OlmoTransformerBridge:
+        """Call ``fn`` on each module once, children first, as in a tree.
+
+        A bridge is none: its components and Hugging Face's modules have each other for children.
+        """
+        seen: set[torch.nn.Module] = set()
+
+        def visit(module: torch.nn.Module) -> None:
+            seen.add(module)
+            for child in module.children():
+                if child not in seen:
+                    visit(child)
+            fn(module)
+
+        visit(self)
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy without the hooks that pickle cannot find by their names."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformer_lens.model_bridge import TransformerBridge
 
 from adapter import hooks, text
 from adapter.attention import OlmoAttentionBridge
 from adapter.block import OlmoBlockBridge
+from adapter.compatibility import OlmoTransformerBridge
 from adapter.partial_runs import OfTheCall, current_call
 from adapter.text import OlmoTextBridge
 from conformance.mutants.catalogue import mutant
@@ -90,3 +92,9 @@ def _(_original: Any) -> Any:
 def _(_original: Any) -> Any:
     """Where Hugging Face gives no mask, the last query sees all that a cache has room for."""
     return lambda self, scores, cache: None
+
+
+@mutant("parameters.applied_often", "any", "parameters.same", OlmoTransformerBridge, "apply")
+def _(_original: Any) -> Any:
+    """apply() comes to a module once for each module that has it for a child."""
+    return torch.nn.Module.apply
