@@ -98,7 +98,10 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
         key = repeat_kv(key, hf.num_key_value_groups)
         value = repeat_kv(value, hf.num_key_value_groups)
         scores = torch.matmul(query, key.transpose(2, 3)) * hf.scaling
-        scores = self._masked(scores, kwargs.get("attention_mask"))
+        mask = kwargs.get("attention_mask")
+        if mask is None:
+            mask = self._mask_of_cache(scores, kwargs.get("past_key_values"))
+        scores = self._masked(scores, mask)
         pattern = self._pattern_of(self.hook_attn_scores(scores), query.dtype)
         pattern = dropout(pattern, p=hf.attention_dropout, training=self.training)
         pattern = self.hook_pattern(pattern)
@@ -194,6 +197,20 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
             embeddings = self._rotary_emb(hidden_states, positions)
         cos, sin = embeddings
         return self.hook_cos(cos), self.hook_sin(sin)
+
+    def _mask_of_cache(self, scores: torch.Tensor, cache: Any) -> torch.Tensor | None:
+        """A causal mask ``[1, 1, query, key]`` where Hugging Face gives none and a cache has room.
+
+        It gives none for sdpa, which counts from the first key. The mask that TransformerLens makes
+        counts from the last, behind what the cache has room for.
+        """
+        hf: Any = self.original_component
+        queries, keys = scores.shape[-2:]
+        filled = keys if cache is None else int(cache.get_seq_length(hf.layer_idx))
+        if filled == keys:
+            return None
+        seen = torch.ones(queries, keys, dtype=torch.bool, device=scores.device)
+        return seen.tril(filled - queries)[None, None]
 
     def _masked(self, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """Masked scores, ``[batch, head, query, key]``, in the wider dtype of scores and mask.

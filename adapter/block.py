@@ -8,6 +8,7 @@ import torch
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
+from adapter.partial_runs import OfTheCall
 from adapter.recompute import recompute_alike
 from adapter.running import begin, set_apart
 
@@ -19,6 +20,10 @@ class OlmoBlockBridge(BlockBridge):
     copy's ``hook_mlp_in`` did nothing and fired the original's hook. Bound methods are copied with
     their owner.
     """
+
+    _stop_at_layer_idx = OfTheCall()
+    _start_at_layer_idx = OfTheCall()
+    _start_residual = OfTheCall()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block on the residual stream ``[batch, pos, d_model]``."""

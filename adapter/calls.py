@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
+from adapter.partial_runs import call_of_its_own
+
 _MASK = 4  # where attention_mask stands behind the input, in a call by position
 _WANTS_A_RECORD = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
@@ -19,6 +21,7 @@ class OlmoCalls(TransformerBridge):
     there is nothing to tokenize, and always uses a cache.
     """
 
+    @call_of_its_own()
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
         """Run the model on tokens, strings or embeddings ``[batch, pos, d_model]``."""
         embeddings = kwargs.get("inputs_embeds", input)
@@ -41,6 +44,7 @@ class OlmoCalls(TransformerBridge):
                 kwargs |= {"initial_attention_mask": mask, "multimodal_kwargs": rest}
         return super()._generate_tokens(*args, **kwargs)
 
+    @call_of_its_own()
     def hf_generate(
         self,
         input: Any = "",

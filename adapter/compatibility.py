@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from adapter.calls import OlmoCalls
 from adapter.gates import refuse_gated
+from adapter.partial_runs import call_of_its_own
 from adapter.recorders import forget_output_recorders
 from adapter.state import WholeStateBridge
 from adapter.text import OlmoTextBridge
@@ -76,6 +78,23 @@ class OlmoTransformerBridge(OlmoCalls, OlmoTextBridge, WholeStateBridge):
         for name, held in self.named_parameters():
             held.requires_grad_(trains.get(name, any(trains.values())))
 
+    def apply(self, fn: Callable[[torch.nn.Module], None]) -> OlmoTransformerBridge:
+        """Call ``fn`` on each module once, children first, as in a tree.
+
+        A bridge is none: its components and Hugging Face's modules have each other for children.
+        """
+        seen: set[torch.nn.Module] = set()
+
+        def visit(module: torch.nn.Module) -> None:
+            seen.add(module)
+            for child in module.children():
+                if child not in seen:
+                    visit(child)
+            fn(module)
+
+        visit(self)
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and copy without the hooks that pickle cannot find by their names."""
         forget_output_recorders(self.original_model)
@@ -90,6 +109,7 @@ class OlmoTransformerBridge(OlmoCalls, OlmoTextBridge, WholeStateBridge):
         bias: torch.Tensor = super().accumulated_bias(*args, **kwargs)
         return bias.to(self.W_E.dtype)
 
+    @call_of_its_own()
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
         """Run and cache; refuse a name whose hook fires only under a flag that is off."""
         given = signature(super().run_with_cache).bind(*args, **kwargs).arguments

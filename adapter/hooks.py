@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+from adapter.partial_runs import current_call, in_a_hook_of
 
 # What takes no part in a search for what else is to be copied: exactly these types, no subclass.
 _BARE = (type(None), bool, int, float, str)
@@ -35,10 +38,21 @@ class _OnRoute(_Hook):
 
     At a point with a conversion a hook sees a view of its own. Unless the view is handed back, the
     computation goes past it, and neither ``retain_grad()`` nor ``autograd.grad`` finds a gradient.
+
+    One that stops the run of its own call lets those go on that other hooks have started.
     """
 
+    def __init__(self, point: HookPoint, hook: Callable[..., Any]) -> None:
+        super().__init__(point, hook)
+        self._call = current_call()
+
     def __call__(self, tensor: torch.Tensor, hook: Any) -> Any:
-        returned = self._hook(tensor, hook=hook)
+        try:
+            returned = self._hook(tensor, hook=hook)
+        except StopAtLayerException:
+            if in_a_hook_of(self._call):
+                return tensor
+            raise
         viewed = returned is None and self._point.hook_conversion is not None
         return tensor if viewed and tensor.requires_grad else returned
 

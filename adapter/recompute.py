@@ -18,7 +18,12 @@ from transformer_lens.hook_points import HookPoint
 from adapter.gates import GATES
 from adapter.running import begin, set_apart
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOOKS = (
+    *("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"),
+    # How the hooks of those numbers are called.
+    *("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs"),
+    "_forward_hooks_always_called",
+)
 # The last one is where a block without a configuration has its flag.
 _FLAGS = (*sorted(set(GATES.values())), "_use_hook_mlp_in")
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import BoundArguments, signature
 from typing import Any
 
 import torch
 from transformer_lens.model_bridge import TransformerBridge
+
+_CACHE = 5  # where past_key_values stands behind the mask, in a call by position
 
 
 class OlmoTextBridge(TransformerBridge):
@@ -14,7 +18,9 @@ class OlmoTextBridge(TransformerBridge):
     TransformerLens lets the tokenizer add its special tokens and takes them off the padded whole
     again. So an END that the tokenizer appends stays in all rows but the longest, one that the text
     itself ends with is lost, and truncation makes room for what is then taken off. Padding on the
-    right gets no mask, and counts in the loss.
+    right gets no mask, and counts in the loss; over a cache, what masks padding on the left is
+    taken for the mask of the cache's own slots. What generates takes every pad token in front of a
+    text for padding.
     """
 
     def to_tokens(
@@ -46,7 +52,9 @@ class OlmoTextBridge(TransformerBridge):
             tokens, mask = self._encode(input, prepend_bos, padding_side, truncate=True)
             input = tokens.to(self.cfg.device)
             # Where nothing is padded there is nothing to mask.
-            attention_mask = None if bool(mask.all()) else mask.to(self.cfg.device)
+            if not bool(mask.all()):
+                cache = rest[_CACHE] if len(rest) > _CACHE else named.get("past_key_values")
+                attention_mask = _behind(cache, mask).to(self.cfg.device)
         return super().forward(
             input,
             return_type,
@@ -57,6 +65,33 @@ class OlmoTextBridge(TransformerBridge):
             *rest,
             **named,
         )
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Go on with tokens or texts; see `TransformerBridge.generate`."""
+        given = self._masked_prompt(super().generate, *args, **kwargs)
+        return super().generate(*given.args, **given.kwargs)
+
+    def generate_stream(self, *args: Any, **kwargs: Any) -> Any:
+        """Go on piece by piece; see `TransformerBridge.generate_stream`."""
+        given = self._masked_prompt(super().generate_stream, *args, **kwargs)
+        return super().generate_stream(*given.args, **given.kwargs)
+
+    def _masked_prompt(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> BoundArguments:
+        """The arguments of a call that generates: for several texts, with a mask ``[batch, pos]``.
+
+        A mask of ones, too: without any, pads are looked for.
+        """
+        asked = signature(call)
+        given = asked.bind(*args, **kwargs)
+        named: dict[str, Any] = given.arguments
+        texts: Any = named.get("input")
+        several = isinstance(texts, list) and len(texts) > 1
+        # TransformerLens before 4.2 cannot be told a mask for streaming.
+        tells = "attention_mask" in asked.parameters and named.get("attention_mask") is None
+        if several and tells:
+            _, mask = self._encode(texts, named.get("prepend_bos"), "left", truncate=False)
+            named["attention_mask"] = mask
+        return given
 
     def _encode(
         self,
@@ -89,3 +124,9 @@ class OlmoTextBridge(TransformerBridge):
             place = slice(longest - len(row), None) if left else slice(len(row))
             tokens[index, place], mask[index, place] = row, 1
         return tokens, mask
+
+
+def _behind(cache: Any, mask: torch.Tensor) -> torch.Tensor:
+    """A mask of new tokens with the slots of a cache in front, ``[batch, cached + pos]``."""
+    cached = 0 if cache is None else int(cache.get_seq_length())
+    return torch.cat([mask.new_ones(len(mask), cached), mask], dim=1)

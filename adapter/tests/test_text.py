@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import pytest
 import torch
 from tokenizers import pre_tokenizers
+from transformer_lens.model_bridge import TransformerBridge
 from transformers import GPTNeoXTokenizer
 
 import adapter
@@ -69,6 +71,25 @@ def test_texts_of_one_length_get_no_mask(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "attention_mask" not in given[0]
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_cache_in_front_of_texts_is_seen(side: str) -> None:
+    bridge = bridged()
+    before = bridge.to_tokens(["ab"] * 3)
+
+    def over(*given: Any, **named: Any) -> torch.Tensor:
+        cache = bridge(before, return_type="logits_and_cache")[1]
+        logits: torch.Tensor = bridge(*given, past_key_values=cache, **named)
+        return logits
+
+    alone = [over(bridge.to_tokens(text).expand(3, -1))[0] for text in TEXTS]
+    together = over(TEXTS, padding_side=side)
+    for row, due in zip(together, alone, strict=True):
+        got = row[-len(due) :] if side == "left" else row[: len(due)]
+        assert torch.allclose(got, due, atol=1e-5)
+    cache = bridge(before, return_type="logits_and_cache")[1]
+    assert same(bridge(TEXTS, "logits", False, None, side, *[None] * 6, cache), together)
+
+
 def test_a_given_mask_is_kept() -> None:
     bridge = bridged()
     mask = torch.tensor([[1, 0, 1], [1, 1, 1]])
@@ -76,6 +97,24 @@ def test_a_given_mask_is_kept() -> None:
     expected = bridge(tokens, attention_mask=mask)
     assert same(bridge(["ab", "bc"], attention_mask=mask), expected)
     assert not same(bridge(["ab", "bc"]), expected)
+
+
+@pytest.mark.parametrize("call", ["generate", "generate_stream"])
+def test_what_pads_may_be_a_text(call: str) -> None:
+    bridge = bridged(pad_token=END)
+    generate = getattr(bridge, call)
+    if "attention_mask" not in signature(getattr(TransformerBridge, call)).parameters:
+        pytest.skip("TransformerLens cannot be told a mask")
+    asked = {"max_new_tokens": 3, "do_sample": False, "verbose": False, "return_type": "tokens"}
+
+    def made(texts: Any) -> torch.Tensor:
+        got = generate(texts, prepend_bos=False, stop_at_eos=False, **asked)
+        return got if call == "generate" else torch.cat(list(got), dim=1)
+
+    texts = [f"{END}a", "abc", "b"]
+    for row, text in zip(made(texts), texts, strict=True):
+        (alone,) = made(text)
+        assert row[-len(alone) :].tolist() == alone.tolist()
 
 
 def test_without_a_tokenizer_text_is_refused() -> None:

@@ -11,6 +11,7 @@ import torch
 from conformance.checks.registry import Adapter, check
 from conformance.checks.script import (
     BOS,
+    END,
     Script,
     decoded,
     maskable,
@@ -19,7 +20,7 @@ from conformance.checks.script import (
     script,
     text_cases,
 )
-from conformance.checks.support import quiet
+from conformance.checks.support import drawing, quiet
 from conformance.compare import Gap
 from conformance.spec import Case
 from conformance.subjects import at_work, bridged, reference
@@ -27,9 +28,24 @@ from conformance.subjects import at_work, bridged, reference
 ROOM_TO_GENERATE = 5
 
 
-def _continued(case: Case, told: Script, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _told(case: Case, *, repeats: bool = False) -> tuple[Script, Any]:
+    """Texts with room to go on, some of which begin with what pads others, and their tokenizer."""
+    fits = case.model.max_position_embeddings - ROOM_TO_GENERATE - 1
+    told, draw = script(case, fits=fits, repeats=repeats), drawing(case)
+    tokenizer: Any = told.tokenizer()
+    if draw(2):
+        tokenizer.pad_token = END
+    pad = tokenizer.pad_token
+    texts = tuple(pad + text if draw(2) else text for text in told.texts)
+    return replace(told, texts=texts), tokenizer
+
+
+def _continued(
+    case: Case, told: Script, tokenizer: Any, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The prompt padded on the left, and Hugging Face's greedy continuation of it, prompt first."""
     given, mask = padded(told.rows(truncate=False), left=True)
+    given = given.masked_fill(mask == 0, tokenizer.pad_token_id)
     truth: Any = reference(case.model).model
     with torch.no_grad():
         made = truth.generate(
@@ -62,10 +78,10 @@ def _asked(told: Script, count: int) -> dict[str, Any]:
 def generation(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Greedy, by the bridge's own loop and by ``hf_generate``, which adds no BOS of its own."""
     case = maskable(case)
-    told = script(case, fits=case.model.max_position_embeddings - ROOM_TO_GENERATE)
-    bridge: Any = bridged(case.model, adapter, tokenizer=told.tokenizer()).bridge
+    told, tokenizer = _told(case)
+    bridge: Any = bridged(case.model, adapter, tokenizer=tokenizer).bridge
     texts: Any = told.texts[0] if case.run.batch == 1 else list(told.texts)
-    _, made = _continued(case, told, ROOM_TO_GENERATE)
+    _, made = _continued(case, told, tokenizer, ROOM_TO_GENERATE)
     said = [decoded(row, special=False) for row in made.tolist()]
     asked = _asked(told, ROOM_TO_GENERATE)
     with at_work("generating from text"):
@@ -77,7 +93,7 @@ def generation(adapter: Adapter, case: Case) -> Iterator[Gap]:
         )
     if told.setup == "plain":
         bare = replace(told, prepend=False)
-        _, made = _continued(case, bare, ROOM_TO_GENERATE)
+        _, made = _continued(case, bare, tokenizer, ROOM_TO_GENERATE)
         said = [decoded(row, special=False) for row in made.tolist()]
         count = ROOM_TO_GENERATE
         with at_work("hf_generate from text"):
@@ -95,11 +111,10 @@ def generation(adapter: Adapter, case: Case) -> Iterator[Gap]:
 def streaming(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The first piece has the prompt in it; no other is longer than was asked for."""
     case = maskable(case)
-    fits = case.model.max_position_embeddings - ROOM_TO_GENERATE
-    told = script(case, fits=fits, repeats=True)
-    bridge: Any = bridged(case.model, adapter, tokenizer=told.tokenizer()).bridge
+    told, tokenizer = _told(case, repeats=True)
+    bridge: Any = bridged(case.model, adapter, tokenizer=tokenizer).bridge
     texts: Any = told.texts[0] if case.run.batch == 1 else list(told.texts)
-    given, made = _continued(case, told, ROOM_TO_GENERATE)
+    given, made = _continued(case, told, tokenizer, ROOM_TO_GENERATE)
     most = 1 + case.run.token_seed % 3
     asked = {**_asked(told, ROOM_TO_GENERATE), "max_tokens_per_yield": most}
     with at_work("streaming from text"), quiet():

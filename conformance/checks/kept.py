@@ -119,13 +119,20 @@ def _halve(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor:
     return tensor / 2 if tensor.is_floating_point() else tensor
 
 
+def _some_blocks(bridge: Any, draw: Callable[[int], int]) -> dict[str, int]:
+    """A stop_at_layer or a start_at_layer, which came later."""
+    late = hasattr(bridge, "_setup_start_at_layer") and draw(2)
+    return {"start_at_layer" if late else "stop_at_layer": draw(len(bridge.blocks))}
+
+
 @check(
     "hook_api.nested",
     "A hook that runs the model on other tokens, or its ln1 alone, gets what it gets outside of a "
     "hook, under flags and with an edit too, and the run around it is what it is without that; so "
-    "it is where the other run is another thread's, and ends later.",
+    "it is where the other run is another thread's, and ends later. Either may be a run of some "
+    "blocks.",
     lambda: cases(runs=lambda model: run_specs(model, flags=_mostly_forks())),
-    examples=0.3,
+    examples=0.4,
 )
 def nested(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """One edit, and every value of the run around: each bit as where neither is within the other.
@@ -151,14 +158,23 @@ def nested(adapter: Adapter, case: Case) -> Iterator[Gap]:
     seed = case.run.token_seed ^ 1
     other = replace(case, run=replace(case.run, token_seed=seed), tokens=case.tokens[::-1])
     given = {"return_type": "logits", **options(subject, case)}
+    whole = draw(3) == 0
+    outer = {} if whole else _some_blocks(bridge, draw)
+    inner = {} if whole or draw(2) else _some_blocks(bridge, draw)
+    cached = not whole and bool(draw(2))
     within: list[torch.Tensor] = []
     seen: dict[str, torch.Tensor] = {}
     running, calls = False, 0
     beside = _Beside()
 
+    def call(case: Case, part: dict[str, int], method: Any = bridge) -> Any:
+        tokens = inputs(case).tokens
+        entry = bridge.W_E[tokens].detach() if "start_at_layer" in part else tokens
+        return method(entry, **given, **part)
+
     def run_other() -> None:
         with torch.no_grad():
-            within.append(bridge(inputs(other).tokens, **given))
+            within.append(call(other, inner))
 
     def run(tensor: torch.Tensor, hook: HookPoint) -> None:
         nonlocal running, calls
@@ -180,22 +196,29 @@ def nested(adapter: Adapter, case: Case) -> Iterator[Gap]:
         if not running and not beside.inside():
             seen[str(hook.name)] = tensor.detach().clone()
 
-    def forward(case: Case, *hooks: Any) -> torch.Tensor:
+    def forward(case: Case, part: dict[str, int], *hooks: Any) -> torch.Tensor:
         every = [(edit, _halve), *hooks, *((name, keep) for name in sites)]
         hooked = bridge.hooks(fwd_hooks=every)
         with at_work(f"a forward with an edit at {edit}"), hooked, torch.no_grad(), beside:
-            logits: torch.Tensor = bridge(inputs(case).tokens, **given)
+            method = bridge.run_with_cache if cached and case is not other else bridge
+            output = call(case, part, method)
+        logits: torch.Tensor = output[0] if method is not bridge else output
         return logits
 
-    alone = forward(other)
-    around, due = forward(case), dict(seen)
+    alone = forward(other, inner)
     seen.clear()
-    got = forward(case, (place, run))
+    around, due = forward(case, outer), dict(seen)
+    seen.clear()
+    if not whole and place not in due:
+        place = list(due)[draw(len(due))]
+    got = forward(case, outer, (place, run))
     label = f"with an edit at {edit} and a run in a hook at {place}{', beside' * bool(threads)}"
-    yield from exact_gaps(due, seen)
+    if not whole:
+        label = f"{label}, {inner} in {outer}"
+    yield from exact_gaps(due, seen) if whole else labelled(label, exact_gaps(due, seen))
     yield from labelled(label, bitwise("logits of the run around", around, got))
     for logits in within:
         yield from labelled(label, bitwise("logits of the run within", alone, logits))
-    if calls != 2:
+    if whole and calls != 2:
         told = f"fired {calls} times, instead of once in each run"
         yield Gap(place, "count" if calls else "missing", told)

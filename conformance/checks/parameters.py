@@ -27,7 +27,8 @@ WRAPPED = "_original_component."
 @check(
     "parameters.same",
     "The parameters of a bridge are Hugging Face's, in its order and under its names, all of them "
-    "trained and none else, on its own and inside of another module, before and after a forward.",
+    "trained and none else, on its own and inside of another module, before and after a forward; "
+    "apply() comes to each module of a weight once, in that order.",
     cases,
     examples=0.2,
 )
@@ -38,6 +39,8 @@ def same(adapter: Adapter, case: Case) -> Iterator[Gap]:
     bridge = subject.bridge
     assert bridge is not None
     due = {name: id(each) for name, each in subject.parameters.items()}
+    weighted = [id(each) for name, each in subject.parameters.items() if name.endswith("weight")]
+    weighted += weighted[:1] if case.model.tie_word_embeddings else []
     buffers = {name for name, _ in reference(case.model).model.named_buffers()}
     buffers = {name.rpartition(".")[2] for name in buffers} | {"bias"}
     for stage in ("", " after a forward"):
@@ -56,6 +59,11 @@ def same(adapter: Adapter, case: Case) -> Iterator[Gap]:
         if twice != [id(p) for _, p in every]:
             told = f"named_parameters(remove_duplicate=False){stage}"
             yield Gap(told, "contract", "not the wrapped model's")
+        visited: list[nn.Module] = []
+        bridge.apply(visited.append)
+        met = [id(each.weight) for each in visited if type(each) in (nn.Embedding, nn.Linear)]
+        if met != weighted:
+            yield Gap(f"apply(){stage}", "contract", f"{len(met)} weights, not {len(weighted)}")
         if inside != set(due.values()):
             extra = len(inside - set(due.values()))
             yield Gap(f"a module around the bridge{stage}", "contract", f"{extra} extra parameters")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
+from typing import Any
 
 import torch
 from hypothesis.strategies import SearchStrategy
@@ -28,7 +30,7 @@ from conformance.compare import (
 from conformance.edits import edited
 from conformance.inputs import inputs
 from conformance.observe import observe, options, sites_of, started
-from conformance.points import OnPurposeError
+from conformance.points import OnPurposeError, hook_points
 from conformance.recorder import Observation, Recorder
 from conformance.sites import Site, fired_rows
 from conformance.spec import Case, Edit
@@ -167,12 +169,13 @@ def _both(subject: Subject, case: Case, plain: dict[str, Site]) -> Iterator[Gap]
     edit = Edit(site=site, kind=("scale", "noise")[draw(2)], seed=draw(2**16))
     runs = [replace(case, run=replace(case.run, edits=edits)) for edits in ((edit,), ())]
     runs = runs[:: 1 if draw(2) else -1]
+    edited_by = _by_pytorch if draw(2) else _by_bridge
     with at_work("two forwards and a backward of both"):
         outputs = []
         for its in runs:
             given = {"return_type": "logits", **options(subject, case)}
-            with started(subject, case):
-                outputs.append(bridge.run_with_hooks(data.tokens, fwd_hooks=_edits(its), **given))
+            with started(subject, case), edited_by(subject, its):
+                outputs.append(bridge(data.tokens, **given))
         torch.autograd.backward(outputs, [data.probe.to(outputs[0].dtype)] * 2)
     got = {name: parameter.grad for name, parameter in subject.parameters.items()}
     bridge.zero_grad()
@@ -183,6 +186,30 @@ def _both(subject: Subject, case: Case, plain: dict[str, Site]) -> Iterator[Gap]
     }
     due, actual = (replace(one, parameter_gradients=each) for each in (added, got))
     yield from compare_parameters(due, actual)
+
+
+@contextmanager
+def _by_bridge(subject: Subject, case: Case) -> Iterator[None]:
+    """The edits of a case as hooks of the bridge."""
+    with bridge_of(subject).hooks(fwd_hooks=_edits(case)):
+        yield
+
+
+@contextmanager
+def _by_pytorch(subject: Subject, case: Case) -> Iterator[None]:
+    """The edits of a case as PyTorch's hooks, of those that take keywords, on the hook points."""
+
+    def hook(edit: Edit, point: HookPoint, args: Any, named: Any, output: torch.Tensor) -> Any:
+        return edited(edit, output)
+
+    points = hook_points(subject)
+    handles = [
+        points[edit.site].register_forward_hook(partial(hook, edit), with_kwargs=True)
+        for edit in case.run.edits
+    ]
+    yield
+    for handle in handles:
+        handle.remove()
 
 
 def _edits(case: Case) -> Pairs:

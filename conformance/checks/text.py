@@ -23,7 +23,9 @@ from conformance.checks.script import (
     script,
     text_cases,
 )
+from conformance.checks.support import drawing
 from conformance.compare import Gap, compare_tensors, labelled
+from conformance.inputs import inputs
 from conformance.spec import Case
 from conformance.subjects import at_work, bridged, reference
 from conformance.tolerance import of_loss
@@ -127,7 +129,7 @@ def _positions(bridge: Any, told: Script, row: list[int]) -> Iterator[Gap]:
 @check(
     "text.forward",
     "Texts in, alone or together, padded on either side, give the logits, positions and patterns "
-    "of Hugging Face's model on the tokens, mask and positions made by hand.",
+    "of Hugging Face's model on the tokens, mask and positions made by hand; over a cache too.",
     text_cases,
     examples=0.5,
 )
@@ -164,10 +166,36 @@ def _forward(adapter: Adapter, case: Case, told: Script) -> Iterator[Gap]:
         pairs[name] = pattern.transpose(1, 2), cache[name].transpose(1, 2)
     real = mask.bool()
     for name, (due, got) in pairs.items():
-        if got.shape[: real.ndim] != real.shape:
-            yield Gap(name, "shape", f"{list(got.shape)} instead of {list(due.shape)}")
-            continue
-        yield from same(name, due[real], got[real])
+        yield from _same_where(real, name, due, got)
+    if drawing(case)(2):
+        yield from _over_a_cache(bridge, truth, case, told)
+
+
+def _over_a_cache(bridge: Any, truth: Any, case: Case, told: Script) -> Iterator[Gap]:
+    """The same texts, behind tokens that each model has in a cache."""
+    before = inputs(case).tokens
+    given, new = padded(told.rows(), left=told.left)
+    mask = torch.cat([torch.ones_like(before), new], dim=1)
+    positions = (mask.cumsum(-1) - 1)[:, -new.shape[1] :]
+    named = {"attention_mask": mask, "position_ids": positions}
+    texts = told.texts[0] if len(new) == 1 else list(told.texts)
+    with torch.no_grad():
+        filled = truth(before, use_cache=True).past_key_values
+        expected = truth(given, past_key_values=filled, **named).logits
+        with at_work("a forward of text over a cache"):
+            cache = bridge(before, return_type="logits_and_cache")[1]
+            logits = bridge(texts, past_key_values=cache, **told.asked)
+    yield from _same_where(new.bool(), "logits over a cache", expected, logits)
+
+
+def _same_where(
+    real: torch.Tensor, name: str, due: torch.Tensor, got: torch.Tensor
+) -> Iterator[Gap]:
+    """The gap between tensors of real tokens ``[batch, pos, ...]``."""
+    if got.shape[: real.ndim] != real.shape:
+        yield Gap(name, "shape", f"{list(got.shape)} instead of {list(due.shape)}")
+        return
+    yield from same(name, due[real], got[real])
 
 
 @check(

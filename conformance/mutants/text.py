@@ -141,16 +141,16 @@ def last_is_first(original: Any) -> Any:
     "texts together",
     "continuation.generation",
     OlmoTextBridge,
-    "to_tokens",
+    "_encode",
 )
 def prompt_without_bos(original: Any) -> Any:
     """Prompts of a batch, which are not cut, get no BOS."""
 
-    def to_tokens(self: Any, texts: Any, prepend_bos: Any = None, *args: Any, **named: Any) -> Any:
-        batch = isinstance(texts, list) and named.get("truncate") is False
-        return original(self, texts, False if batch else prepend_bos, *args, **named)
+    def encode(self: Any, texts: Any, bos: Any, side: Any, *, truncate: bool) -> Any:
+        batch = isinstance(texts, list) and not truncate
+        return original(self, texts, False if batch else bos, side, truncate=truncate)
 
-    return to_tokens
+    return encode
 
 
 @mutant(

@@ -1,0 +1,75 @@
+"""Which blocks a call runs is known to that call only: not to one in a hook, a thread, or a copy.
+
+TransformerLens writes ``stop_at_layer`` and ``start_at_layer`` on the blocks, where every call
+finds them, and where a call within another takes them away; or it stops a run with a hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+
+class Call:
+    """One call of a bridge, and what it keeps instead of the blocks.
+
+    Attributes:
+        around: The call in which this one is made, by a hook or by TransformerLens, if any.
+        kept: Values by owner and name.
+    """
+
+    def __init__(self, around: Call | None) -> None:
+        self.around = around
+        self.kept: dict[tuple[Any, str], Any] = {}
+
+
+_CALL: ContextVar[Call | None] = ContextVar("_CALL", default=None)
+
+
+@contextmanager
+def call_of_its_own() -> Iterator[None]:
+    """Run in a new call, also as a decorator."""
+    token = _CALL.set(Call(_CALL.get()))
+    try:
+        yield
+    finally:
+        _CALL.reset(token)
+
+
+def current_call() -> Call | None:
+    """The innermost call that is running here."""
+    return _CALL.get()
+
+
+def in_a_hook_of(call: Call | None) -> bool:
+    """Whether what runs here is not the run of a call, but one that a hook of it has started."""
+    now = _CALL.get()
+    around = None if now is None else now.around
+    if call is None or around is call:
+        return False
+    while around is not None and around is not call:
+        around = around.around
+    return around is not None
+
+
+class OfTheCall:
+    """An attribute that each call has for itself; one that no call has set is None."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Any:
+        if owner is None:
+            return self
+        call = _CALL.get()
+        # A bridge of another class than ours makes no calls.
+        return vars(owner).get(self._name) if call is None else call.kept.get((owner, self._name))
+
+    def __set__(self, owner: Any, value: Any) -> None:
+        call = _CALL.get()
+        if call is None:
+            vars(owner)[self._name] = value
+        else:
+            call.kept[owner, self._name] = value
