@@ -14,7 +14,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from adapter.partial_runs import current_call, in_a_hook_of
+from adapter.partial_runs import current_call, of_another
 
 # What takes no part in a search for what else is to be copied: exactly these types, no subclass.
 _BARE = (type(None), bool, int, float, str)
@@ -39,7 +39,7 @@ class _OnRoute(_Hook):
     At a point with a conversion a hook sees a view of its own. Unless the view is handed back, the
     computation goes past it, and neither ``retain_grad()`` nor ``autograd.grad`` finds a gradient.
 
-    One that stops the run of its own call lets those go on that other hooks have started.
+    One that stops the run of its own call lets the runs of other hooks and threads go on.
     """
 
     def __init__(self, point: HookPoint, hook: Callable[..., Any]) -> None:
@@ -50,7 +50,7 @@ class _OnRoute(_Hook):
         try:
             returned = self._hook(tensor, hook=hook)
         except StopAtLayerException:
-            if in_a_hook_of(self._call):
+            if of_another(self._call):
                 return tensor
             raise
         viewed = returned is None and self._point.hook_conversion is not None

@@ -43,15 +43,10 @@ def current_call() -> Call | None:
     return _CALL.get()
 
 
-def in_a_hook_of(call: Call | None) -> bool:
-    """Whether what runs here is not the run of a call, but one that a hook of it has started."""
+def of_another(call: Call | None) -> bool:
+    """Whether what runs here is not the run of a call, but of a hook's or of another thread's."""
     now = _CALL.get()
-    around = None if now is None else now.around
-    if call is None or around is call:
-        return False
-    while around is not None and around is not call:
-        around = around.around
-    return around is not None
+    return call is not None and now is not call and (now is None or now.around is not call)
 
 
 class OfTheCall:

@@ -107,7 +107,8 @@ class Script:
         cut = any(len(row) > self.room for row in self.rows(truncate=False))
         ragged = len({len(row) for row in self.rows()}) > 1
         side = "left" if self.left else "right"
-        told = ["cut"] * cut + [f"padded on the {side}"] * ragged
+        bare = self.prepend is False
+        told = ["cut"] * cut + [f"padded on the {side}"] * ragged + ["without BOS"] * bare
         return ", ".join([self.setup, *told])
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -75,7 +75,7 @@ def _(original: Any) -> Any:
     "run_with_cache with stop_at_layer",
     "hook_api.nested",
     hooks,
-    "in_a_hook_of",
+    "of_another",
 )
 def _(_original: Any) -> Any:
     """What stops a run_with_cache stops the runs of its hooks too."""
