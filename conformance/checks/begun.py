@@ -19,6 +19,7 @@ from conformance.checks import (
     generation_hooks,
     interventions,
     layernorm,
+    masks,
     modes,
     recomputed,
 )
@@ -40,7 +41,7 @@ HOSTS = {
     recomputed.recomputed: 0.3,
     flags.edited: 0.3,
     calls.embeddings: 0.3,
-    calls.masks: 0.3,
+    masks.masks: 0.3,
     modes.inference: 0.3,
     chunks.edits: 0.3,
     caching.values: 0.3,

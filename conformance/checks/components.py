@@ -14,7 +14,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
 from conformance.alone import Call, Drawer, run_alone, watched
-from conformance.checks.calls import hard_mask, soft_mask
+from conformance.checks.masks import hard_mask, soft_mask
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import drawing, exact_gaps
 from conformance.compare import Gap

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from conformance.checks.calls import masked_cases
+from conformance.checks.masks import masked_cases
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import bridge_of, drawing, in_one_forward
 from conformance.compare import Gap, bitwise
