@@ -105,17 +105,17 @@ def _(original: Any) -> Any:
     "an edit by heads, and a parametrized projection",
     "flags.refused",
     forks,
-    "weight_of",
+    "parameters_of",
 )
 def _(original: Any) -> Any:
     """What heads change is projected with the weight that a parametrization starts from."""
 
-    def weight_of(projection: Any) -> torch.Tensor:
+    def parameters_of(projection: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         held = getattr(projection, "parametrizations", {})
-        weight: torch.Tensor = original(projection)
-        return held["weight"].original if "weight" in held else weight
+        weight, bias = original(projection)
+        return held["weight"].original if "weight" in held else weight, bias
 
-    return weight_of
+    return parameters_of
 
 
 @mutant(
