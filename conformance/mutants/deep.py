@@ -70,12 +70,25 @@ def _left_after(option: str, leave: Any) -> Any:
     return make
 
 
+def _in_every_call(block: Any, method: str, **values: Any) -> None:
+    """Have a block's method find these values in whatever call: each has its own."""
+    original = getattr(block, method)
+
+    def call(*args: Any, **named: Any) -> Any:
+        for name, value in values.items():
+            setattr(block, name, value)
+        return original(*args, **named)
+
+    vars(block)[method] = call
+
+
 def _stop(block: Any, index: int, input: Any) -> None:
-    block._stop_at_layer_idx = index
+    _in_every_call(block, "_check_stop_at_layer", _stop_at_layer_idx=index)
 
 
 def _start(block: Any, index: int, input: Any) -> None:
-    block._start_at_layer_idx, block._start_residual = index, input.detach()
+    values = {"_start_at_layer_idx": index, "_start_residual": input.detach()}
+    _in_every_call(block, "_maybe_inject_start_residual", **values)
 
 
 for name, breaks, option, leave in (

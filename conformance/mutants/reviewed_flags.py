@@ -9,7 +9,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
-from adapter import forks, recompute, running
+from adapter import attention, recompute, running
 from adapter.attention import OlmoAttentionBridge
 from adapter.block import OlmoBlockBridge
 from adapter.hooks import OlmoHookPoint
@@ -110,9 +110,9 @@ def _(original: Any) -> Any:
     "derivatives.flagged",
     "vmap under a per-head flag",
     "derivatives.transformed",
-    forks,
-    "is_hooked",
+    attention,
+    "is_known_in",
 )
 def _(_original: Any) -> Any:
-    """Copies per head are compared also where nothing listens to them."""
-    return lambda point: True
+    """Whether two edits contradict each other is asked also where nothing may be asked."""
+    return lambda condition: bool(condition.any())
