@@ -153,9 +153,12 @@ def _found(host: Check, adapter: Adapter, case: Case) -> tuple[list[Gap], Subjec
 def _of_begun(host: Check, adapter: Adapter, case: Case) -> Iterator[Gap]:
     """A check on a bridge that is not new. What it says of a new one as well is for it to say."""
     steps = _steps(case)
+    # Originals of copies: what refers to them weakly does not depend on when they are collected.
+    kept: list[Subject] = []
 
     def begin(subject: Subject) -> Subject:
         for step in steps:
+            kept.append(subject)
             subject = step(subject, case)
         return subject
 
