@@ -29,7 +29,7 @@ from conformance.checks.support import bridge_of, copied, in_one_forward, quiet
 from conformance.compare import Gap, labelled
 from conformance.inputs import inputs
 from conformance.spec import Case
-from conformance.subjects import Subject, SubjectError, at_work, beginning
+from conformance.subjects import Subject, SubjectError, at_work, beginning, bridged
 
 SCORES = "attn.hook_attn_scores"
 # Each finds another kind of fault; together they find what the bridge does in most ways to call it.
@@ -166,6 +166,7 @@ def _of_begun(host: Check, adapter: Adapter, case: Case) -> Iterator[Gap]:
         gaps, error = _found(host, adapter, case)
     if not gaps and error is None:
         return
+    bridged(case.model, adapter)  # one that cannot be built at all is this check's matter, too
     if any(_found(host, adapter, case)):
         return
     if error is not None:

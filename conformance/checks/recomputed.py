@@ -30,7 +30,7 @@ from conformance.compare import (
 from conformance.edits import edited
 from conformance.inputs import inputs
 from conformance.observe import observe, options, sites_of, started
-from conformance.points import OnPurposeError, hook_points
+from conformance.points import OnPurposeError
 from conformance.recorder import Observation, Recorder
 from conformance.sites import Site, fired_rows
 from conformance.spec import Case, Edit
@@ -202,7 +202,7 @@ def _by_pytorch(subject: Subject, case: Case) -> Iterator[None]:
     def hook(edit: Edit, point: HookPoint, args: Any, named: Any, output: torch.Tensor) -> Any:
         return edited(edit, output)
 
-    points = hook_points(subject)
+    points = bridge_of(subject).hook_dict
     handles = [
         points[edit.site].register_forward_hook(partial(hook, edit), with_kwargs=True)
         for edit in case.run.edits
