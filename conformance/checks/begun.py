@@ -130,7 +130,7 @@ def _sighted(case: Case) -> Case:
     run = case.run
     edits = tuple(edit for edit in run.edits if not edit.site.endswith(SCORES))
     blind = run.padding in ("left", "rows") or (run.padding == "gap" and run.seq_len < 3)
-    padding = ("gap" if run.seq_len > 2 else "none") if blind else run.padding
+    padding = ("gap" if run.seq_len > 2 else "right") if blind else run.padding
     return replace(case, run=replace(run, edits=edits, padding=padding))
 
 

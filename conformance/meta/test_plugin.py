@@ -138,6 +138,32 @@ def test_a_failing_property_leaves_a_case_that_replays(
     assert f"\n  {record.note.partition(';')[0]}" in again.stdout
 
 
+def test_a_case_that_says_nothing_skips_no_other(pytester: pytest.Pytester, runs: Run) -> None:
+    pytester.makepyfile(
+        test_property="""
+        from hypothesis import strategies as st
+
+        from conformance.checks.registry import Check, ConformanceError
+        from conformance.compare import Gap
+        from conformance.spec import Case, RunSpec
+        from conformance.suite.properties import as_test
+        from conformance.verdict import NotApplicable
+
+
+        def short(adapter, case):
+            if case.run.seq_len == 1:
+                raise NotApplicable("one token says nothing")
+            yield Gap("logits", "value", "of two tokens")
+
+
+        cases = st.sampled_from((1, 2)).map(lambda length: Case(run=RunSpec(seq_len=length)))
+        test_short = as_test(Check("made.up", "", short, lambda: cases, 1.0, ConformanceError))
+        """
+    )
+    result = runs("-k", "short")
+    result.assert_outcomes(failed=1)
+
+
 def test_a_property_that_says_nothing_of_an_adapter_is_skipped_with_the_reason(
     pytester: pytest.Pytester, runs: Run
 ) -> None:

@@ -38,9 +38,7 @@ def as_test(check: Check) -> Callable[[], None]:
     trial = cache(lambda: trial_of(check))
 
     def test(case: Case) -> None:
-        verdict = trial().judge(case)
-        if verdict.outcome is Outcome.NOT_APPLICABLE:
-            pytest.skip(verdict.reason)
+        trial().judge(case)
 
     test.__name__ = test.__qualname__ = f"test_{check.name.replace('.', '_')}"
     test.__doc__ = check.promise
@@ -55,5 +53,7 @@ def as_test(check: Check) -> Callable[[], None]:
         verdict = trial().verdict()
         if verdict.outcome is Outcome.KNOWN:
             pytest.xfail(verdict.known_as)
+        if verdict.outcome is Outcome.NOT_APPLICABLE:
+            pytest.skip(verdict.reason)
 
     return whole
