@@ -36,15 +36,15 @@ SCORES = "attn.hook_attn_scores"
 # With the share of the profile's examples: an edit in place has much to miss.
 HOSTS = {
     interventions.returned: 0.5,
-    interventions.in_place: 1.0,
+    interventions.in_place: 1.3,
     firing.returned_gradients: 0.4,
     recomputed.recomputed: 0.3,
     flags.edited: 0.3,
-    calls.embeddings: 0.3,
+    calls.embeddings: 0.6,
     masks.masks: 0.3,
     modes.inference: 0.3,
     chunks.edits: 0.3,
-    caching.values: 0.3,
+    caching.values: 1.2,
     layernorm.edited: 0.3,
     generation_hooks.hooks: 0.3,
 }

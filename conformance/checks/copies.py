@@ -87,7 +87,7 @@ def _copied_late(subject: Subject, case: Case) -> Subject:
     "copy.deepcopy of a bridge, before, in and after forwards, is an independent bridge: values, "
     "gradients, hooks, flags and weights never cross over.",
     cases,
-    examples=0.3,
+    examples=0.45,
 )
 def deepcopy(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The copy is judged as a bridge of its own, while the original is hooked, flagged, changed."""

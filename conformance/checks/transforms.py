@@ -153,7 +153,7 @@ def _size(tensor: torch.Tensor) -> float:
     "forward hooks on and an edit in one of them, or behind a flag, and under flags that nothing "
     "makes use of.",
     transformed_cases,
-    examples=0.15,
+    examples=0.35,
 )
 def transformed(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """No backward hooks: PyTorch's own cannot be transformed, on Hugging Face's model neither."""
