@@ -63,6 +63,11 @@ MAX_SEED = 2**31 - 1
 GREATEST_CLIP = {"float16": 65504.0, "bfloat16": 3.38e38, "float32": 3.4e38, "float64": 1.79e308}
 
 
+def blinds(padding: str, length: int) -> bool:
+    """Whether padding may hide the first token of a row: its query then sees no key."""
+    return padding in ("left", "rows") or (padding == "gap" and length == 2)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """The configuration fields of an OLMo that matter, under Hugging Face's own names.

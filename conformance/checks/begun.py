@@ -28,7 +28,7 @@ from conformance.checks.registry import Adapter, Check, check
 from conformance.checks.support import bridge_of, copied, in_one_forward, quiet
 from conformance.compare import Gap, labelled
 from conformance.inputs import inputs
-from conformance.spec import Case
+from conformance.spec import Case, blinds
 from conformance.subjects import Subject, SubjectError, at_work, beginning, bridged
 
 SCORES = "attn.hook_attn_scores"
@@ -129,8 +129,9 @@ def _sighted(case: Case) -> Case:
         return case
     run = case.run
     edits = tuple(edit for edit in run.edits if not edit.site.endswith(SCORES))
-    blind = run.padding in ("left", "rows") or (run.padding == "gap" and run.seq_len < 3)
-    padding = ("gap" if run.seq_len > 2 else "right") if blind else run.padding
+    padding = run.padding
+    if blinds(padding, run.seq_len):
+        padding = "gap" if run.seq_len > 2 else "right"
     return replace(case, run=replace(run, edits=edits, padding=padding))
 
 

@@ -247,8 +247,7 @@ class _Script:
 
     def reset_nothing(self) -> None:
         """Reset the hooks of a level that none has: without a context they have no level at all."""
-        reset = getattr(self.bridge, "reset_hooks", None) or self.bridge.remove_all_hook_fns
-        reset(level=0)
+        self.bridge.reset_hooks(level=0)
 
     def passing(self) -> str:
         """One call of run_with_hooks, whose own hooks act with the others and leave with it."""

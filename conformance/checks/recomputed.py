@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
@@ -203,13 +203,12 @@ def _by_pytorch(subject: Subject, case: Case) -> Iterator[None]:
         return edited(edit, output)
 
     points = bridge_of(subject).hook_dict
-    handles = [
-        points[edit.site].register_forward_hook(partial(hook, edit), with_kwargs=True)
-        for edit in case.run.edits
-    ]
-    yield
-    for handle in handles:
-        handle.remove()
+    with ExitStack() as stack:
+        for edit in case.run.edits:
+            point = points[edit.site]
+            its = partial(hook, edit)
+            stack.enter_context(point.register_forward_hook(its, with_kwargs=True))
+        yield
 
 
 def _edits(case: Case) -> Pairs:

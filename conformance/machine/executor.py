@@ -21,7 +21,7 @@ from conformance.observe import observe, started
 from conformance.points import canonical_points
 from conformance.recorder import Observation, Recorder
 from conformance.sites import Site, observable, sites
-from conformance.spec import MAX_SEED, Case, Edit, Step
+from conformance.spec import MAX_SEED, Case, Edit, Step, blinds
 from conformance.subjects import Subject, bridged
 from conformance.taps import TappedCache, Taps
 
@@ -153,8 +153,7 @@ class Machine:
         """
         run, padding = self.case.run, self.case.run.padding
         length = max(run.seq_len - (seed % 3 == 2), 1)
-        blind = padding in ("left", "rows") or (padding == "gap" and length == 2)
-        if blind and (self.state.compatible or self.state.dtype == "float64"):
+        if blinds(padding, length) and (self.state.compatible or self.state.dtype == "float64"):
             padding = "right"
         run = replace(
             run,

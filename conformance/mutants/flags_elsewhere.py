@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +13,8 @@ from adapter.block import OlmoBlockBridge
 from adapter.compatibility import OlmoTransformerBridge
 from adapter.gates import GATES
 from adapter.hooks import OlmoHookPoint
-from conformance.mutants.catalogue import mutant
+from conformance.mutants.catalogue import Make, add, mutant
 from conformance.spec import FLAGS
-
-of_bridge = partial(mutant, owner=OlmoTransformerBridge)
 
 
 @contextmanager
@@ -33,71 +30,79 @@ def _without_flags(bridge: Any) -> Iterator[None]:
             setattr(bridge.cfg, flag, True)
 
 
-@of_bridge(
-    "generation.flags_off",
-    "a flag during generate",
-    "generation.hooks",
-    attribute="generate",
-)
-def _(original: Any) -> Any:
-    """Flags are off while a bridge generates."""
-
-    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _without_flags(self):
-            return original(self, *args, **kwargs)
-
-    return generate
+def _always(input: Any, named: dict[str, Any]) -> bool:
+    return True
 
 
-@of_bridge(
-    "flags.start_late",
-    "a flag beside start_at_layer",
-    "caching.layers",
-    attribute="forward",
-)
-def _(original: Any) -> Any:
-    """Flags are off in a run that starts at a later block."""
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with _without_flags(self) if kwargs.get("start_at_layer") else nullcontext():
-            return original(self, *args, **kwargs)
-
-    return forward
+def _late(input: Any, named: dict[str, Any]) -> bool:
+    return bool(named.get("start_at_layer"))
 
 
-@of_bridge(
-    "flags.embeddings",
-    "a flag, and embeddings in the place of tokens",
-    "calls.embeddings",
-    attribute="forward",
-)
-def _(original: Any) -> Any:
-    """Flags are off in a run on embeddings."""
-
-    def forward(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
-        source = kwargs.get("inputs_embeds", input)
-        embedded = isinstance(source, torch.Tensor) and source.is_floating_point()
-        with _without_flags(self) if embedded else nullcontext():
-            return original(self, input, *args, **kwargs)
-
-    return forward
+def _embedded(input: Any, named: dict[str, Any]) -> bool:
+    source = named.get("inputs_embeds", input)
+    return isinstance(source, torch.Tensor) and source.is_floating_point()
 
 
-@of_bridge(
-    "flags.func",
-    "a flag under grad, jvp or vmap",
-    "derivatives.transformed",
-    attribute="forward",
-)
-def _(original: Any) -> Any:
-    """Flags are off where torch.func transforms a forward."""
+def _transformed(input: Any, named: dict[str, Any]) -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        with _without_flags(self) if transformed else nullcontext():
-            return original(self, *args, **kwargs)
 
-    return forward
+def _off_where(holds: Callable[[Any, dict[str, Any]], bool]) -> Make:
+    """Calls with a certain input, or certain arguments, run without flags."""
+
+    def make(original: Any) -> Any:
+        def call(self: Any, input: Any = None, *args: Any, **named: Any) -> Any:
+            with _without_flags(self) if holds(input, named) else nullcontext():
+                return original(self, input, *args, **named)
+
+        return call
+
+    return make
+
+
+for name, where, trigger, killer, attribute, holds in (
+    (
+        "generation.flags_off",
+        "while a bridge generates",
+        "generate",
+        "generation.hooks",
+        "generate",
+        _always,
+    ),
+    (
+        "flags.start_late",
+        "in a run that starts at a later block",
+        "start_at_layer",
+        "caching.layers",
+        "forward",
+        _late,
+    ),
+    (
+        "flags.embeddings",
+        "in a run on embeddings",
+        "embeddings in the place of tokens",
+        "calls.embeddings",
+        "forward",
+        _embedded,
+    ),
+    (
+        "flags.func",
+        "where torch.func transforms a forward",
+        "grad, jvp or vmap",
+        "derivatives.transformed",
+        "forward",
+        _transformed,
+    ),
+):
+    add(
+        name,
+        f"flags are off {where}",
+        f"a flag, and {trigger}",
+        killer,
+        OlmoTransformerBridge,
+        attribute,
+        _off_where(holds),
+    )
 
 
 @mutant(
