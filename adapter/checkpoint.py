@@ -19,6 +19,7 @@ from transformers import OlmoForCausalLM
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PREFIX = "model."
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class CheckpointError(OSError):
@@ -46,7 +47,8 @@ def require_whole(directory: Path, config: Any) -> None:
         if (directory / name).exists():
             _json(directory / name)
     found = _found(directory)
-    if found is not None:
+    # Quantized tensors have shapes, and company, of their method's own.
+    if found is not None and getattr(config, "quantization_config", None) is None:
         _compare(directory, _wanted(config), found)
 
 
@@ -113,7 +115,7 @@ def _wanted(config: Any) -> dict[str, list[int]]:
     return {
         name: list(tensor.shape)
         for name, tensor in model.state_dict().items()
-        if not (tied and name == "lm_head.weight")
+        if not (tied and name == _HEAD)
     }
 
 
@@ -122,6 +124,8 @@ def _compare(
 ) -> None:
     # A file may also have been saved from the model below the head, which has no prefix.
     shapes = {**{_PREFIX + name: shape for name, shape in found.items()}, **found}
+    if _HEAD not in wanted and _HEAD in found:  # tied, and saved under the other name
+        shapes.setdefault(_EMBEDDING, found[_HEAD])
     missing = [name for name in wanted if name not in shapes]
     if missing:
         more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""

@@ -60,6 +60,28 @@ def test_one_saved_below_the_head_lacks_the_head(tmp_path: Any) -> None:
     require_whole(tmp_path, tied.config)
 
 
+def test_a_tied_one_may_be_saved_under_the_name_of_its_head(tmp_path: Any) -> None:
+    model = models.olmo(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    require_whole(tmp_path, model.config)
+    loaded = OlmoForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert same(loaded(TOKENS).logits, model(TOKENS).logits)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][1:].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    broken(tmp_path, model.config, "model.embed_tokens.weight")
+
+
+def test_the_shapes_of_quantized_tensors_are_left_to_hugging_face(tmp_path: Any) -> None:
+    config = saved(tmp_path)
+    config.intermediate_size = 44
+    broken(tmp_path, config, "gate_proj.weight")
+    config.quantization_config = {"quant_method": "bitnet"}
+    require_whole(tmp_path, config)
+
+
 def test_what_is_left_to_hugging_face(tmp_path: Any) -> None:
     require_whole(tmp_path, models.olmo().config)  # no safetensors: perhaps it is a .bin
 
