@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 from transformer_lens.model_bridge.sources._bridge_builder import (
     build_bridge_config_from_hf,
     configure_tokenizer,
@@ -23,7 +24,15 @@ def bridge(hf_model: Any, tokenizer: Any = None) -> TransformerBridge:
     Args:
         hf_model: An ``OlmoForCausalLM``. Bridging modifies it in place.
         tokenizer: Its tokenizer, if strings shall be accepted.
+
+    Raises:
+        ValueError: If there is a bridge around ``hf_model`` already.
     """
+    if any(isinstance(module, GeneralizedComponent) for module in hf_model.modules()):
+        raise ValueError(
+            f"hf_model: this {type(hf_model).__name__} is inside of a bridge already; use that "
+            "bridge, or load the model again"
+        )
     config = build_bridge_config_from_hf(
         hf_model.config,
         ARCHITECTURE,

@@ -88,6 +88,14 @@ def test_bridge_registers_nothing_and_register_does() -> None:
         registry()._adapters.update(before)
 
 
+def test_a_bridged_model_is_not_bridged_again() -> None:
+    model = models.olmo(clip_qkv=0.5)
+    bridge = adapter.bridge(model)
+    with pytest.raises(ValueError, match="hf_model: .*inside of a bridge already"):
+        adapter.bridge(model)
+    assert same(bridge(TOKENS), models.olmo(clip_qkv=0.5)(TOKENS).logits)
+
+
 def test_importing_is_light() -> None:
     code = "import sys, adapter; assert not {'torch', 'transformer_lens'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
