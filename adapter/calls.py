@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from adapter.partial_runs import call_of_its_own
+from adapter.partial_runs import call_of_its_own, current_call
 
 _MASK = 4  # where attention_mask stands behind the input, in a call by position
+# Where a bridge that generates waits for the cache of a forward.
+_AWAITED = ("_capture_hf_cache", "_last_hf_cache")
 _WANTS_A_RECORD = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -33,6 +35,16 @@ class OlmoCalls(TransformerBridge):
             if positions is not None:
                 kwargs.setdefault("position_ids", positions)
         return super().forward(input, *args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate; in a hook, without ending what the generation around it waits for."""
+        own = vars(self)
+        inside = current_call() is not None
+        awaited = {name: own[name] for name in _AWAITED if inside and name in own}
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            own.update(awaited)
 
     def _generate_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Generate from embeddings as from tokens: with a mask that grows with the text."""
@@ -79,18 +91,27 @@ class OlmoCalls(TransformerBridge):
                 return_type=return_type,
                 **asked,
             )
+        model: Any = self.original_model
         end = None if self.tokenizer is None else self.tokenizer.eos_token_id
-        if end is not None:
-            asked.setdefault("pad_token_id", end)
         if not stop_at_eos:
             asked["eos_token_id"] = None  # left out, it would be the configuration's
         elif eos_token_id is not None or end is not None:
             asked["eos_token_id"] = end if eos_token_id is None else eos_token_id
+        if end is not None and "pad_token_id" not in asked:
+            asked["pad_token_id"] = end
+            # By that number Hugging Face would no longer find the model's own padding.
+            pad = model.generation_config.pad_token_id
+            if pad is not None and pad not in _numbers(asked.get("eos_token_id")):
+                asked.setdefault("attention_mask", (input != pad).long())
         if any(asked.get(name) for name in _WANTS_A_RECORD):
             asked.setdefault("return_dict_in_generate", True)
-        model: Any = self.original_model
         with torch.no_grad():
             return model.generate(input.to(self.cfg.device), **asked)
+
+
+def _numbers(ends: Any) -> list[int]:
+    """Tokens that end a text, given as Hugging Face takes them: none, one or several."""
+    return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
 
 
 def _positions(mask: torch.Tensor | None, length: int) -> torch.Tensor | None:

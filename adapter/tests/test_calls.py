@@ -89,6 +89,38 @@ def test_hf_generate_takes_the_tokenizers_end() -> None:
     assert same(bridge.hf_generate(TOKENS, pad_token_id=3, **options), expected)
 
 
+def test_hf_generate_finds_the_models_padding_whatever_the_tokenizers_end() -> None:
+    reference, bridge = models.pair()
+    padded = TOKENS * LEFT  # the pad token is 0
+    for end in (3, 0):
+        bridge._tokenizer = SimpleNamespace(eos_token_id=end)
+        for ends in (None, [end, 5]):
+            asked: dict[str, Any] = GREEDY if ends is None else {**GREEDY, "eos_token_id": ends}
+            mask = torch.ones_like(LEFT) if end == 0 else LEFT  # as Hugging Face takes it
+            theirs = {**asked, "eos_token_id": ends or end, "pad_token_id": end}
+            expected = reference.generate(padded, attention_mask=mask, **theirs)
+            assert same(bridge.hf_generate(padded, **asked), expected)
+    ones = reference.generate(padded, attention_mask=torch.ones_like(LEFT), **GREEDY)
+    assert not same(reference.generate(padded, **GREEDY), ones)
+
+
+def test_a_generation_in_a_hook_of_one_leaves_the_outer_its_cache() -> None:
+    _, bridge = models.pair()
+    asked: dict[str, Any] = {**GREEDY, "verbose": False, "stop_at_eos": False}
+    lengths: list[int] = []
+
+    def generate(tensor: torch.Tensor, hook: Any) -> None:
+        lengths.append(tensor.shape[1])
+        if len(lengths) == 1:
+            with bridge.hooks(reset_hooks_end=False):
+                bridge.generate(TOKENS[:1, :2], **asked)
+            del lengths[1:]
+
+    with bridge.hooks([("blocks.0.hook_resid_post", generate)]):
+        bridge.generate(TOKENS, **asked)
+    assert lengths == [6, 1, 1, 1, 1]
+
+
 def test_hf_generate_stops_where_it_is_told() -> None:
     reference, bridge = models.pair()
     free = reference.generate(TOKENS, **GREEDY)
