@@ -36,7 +36,7 @@ from conformance.checks.registry import Adapter, check
 from conformance.checks.support import bridge_of, drawing, turn
 from conformance.compare import Gap, bitwise, compare_values
 from conformance.forks import Forks
-from conformance.inputs import inputs
+from conformance.inputs import Inputs, inputs
 from conformance.observe import sites_of
 from conformance.points import OnPurposeError, hook_points
 from conformance.recorder import Observation, Recorder
@@ -88,17 +88,20 @@ def edited_generations() -> SearchStrategy[Case]:
     "generation.hooks",
     "During a generation, by generate or hf_generate, every hook fires once at each step, and sees "
     "what Hugging Face's model computes there at that step; an edit, behind a flag too, changes "
-    "all steps' logits and tokens as it does there.",
+    "all steps' logits and tokens as it does there, also where a hook generates.",
     edited_generations,
     examples=0.35,
 )
 def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Hugging Face's own generate, tapped and edited from outside, beside the bridge's.
 
-    Of adapters that declare exact flags, a third of the cases are under some.
+    Of adapters that declare exact flags, a third of the cases are under some. In half of
+    them a hook generates, too.
     """
     data, draw = inputs(case), drawing(case)
-    by = by_hf_generate if draw(2) else by_bridge
+    # Of dynamic RoPE, which remembers lengths, another generation would change this one.
+    within = draw(2) and case.model.rope_type != "dynamic"
+    by = by_hf_generate if draw(2) and not within else by_bridge
     subject = generating(case, adapter)
     plain, bare = sites_of(subject, case), case
     if is_exact(adapter) and draw(3) == 0:
@@ -108,7 +111,10 @@ def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
         edit_behind_flags(subject, case)
     sites, ours = firing(subject, case), StepRecorder()
     ours.begin(bare)
-    with bridge_of(subject).hooks(fwd_hooks=hooks_at(sites, ours)):
+    listening = hooks_at(sites, ours)
+    if within:
+        listening.insert(0, (FIRST, _generating(subject, bare, data, ours)))
+    with bridge_of(subject).hooks(fwd_hooks=listening):
         actual = by(subject, bare, data)
     seen = Observation(_NOTHING, ours.values, fired=tuple(ours.fired))
     theirs = _Led(case, reference(case.model), seen, exact=True, everywhere=False)
@@ -116,6 +122,21 @@ def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     due, allowances = Observation(_NOTHING, theirs.values), led_allowances(theirs, case)
     yield from compare_values(due, seen, sites, allowances=allowances)
     yield from differing_texts(expected, actual)
+
+
+def _generating(subject: Subject, case: Case, data: Inputs, recorder: StepRecorder) -> Any:
+    """A hook that generates once, before anything is recorded of the generation around it."""
+    ran = False
+
+    def hook(tensor: torch.Tensor, hook: HookPoint) -> None:
+        nonlocal ran
+        if not ran:
+            ran = True
+            with torch.random.fork_rng(devices=[]):
+                by_bridge(subject, case, data)
+            recorder.begin(case)
+
+    return hook
 
 
 def _state(subject: Subject, *, drawn: bool) -> dict[str, Any]:
