@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components import BlockBridge
+from transformers.utils import output_capturing
 
 from adapter.partial_runs import OfTheCall
 from adapter.recompute import recompute_alike
@@ -29,7 +30,9 @@ class OlmoBlockBridge(BlockBridge):
         """Run the block on the residual stream ``[batch, pos, d_model]``."""
         recompute_alike(self, self.original_component)
         with set_apart():
-            return super().forward(*args, **kwargs)
+            output = super().forward(*args, **kwargs)
+        _record_hidden_state(output)
+        return output
 
     def _hook_input_hidden_states(self, *args: Any) -> Any:
         """Fire ``hook_in``, whose hooks come before the layer."""
@@ -58,3 +61,14 @@ class OlmoBlockBridge(BlockBridge):
         if not self._read_use_hook_mlp_in():
             return None
         return (self.hook_mlp_in(args[0]),)
+
+
+def _record_hidden_state(output: Any) -> None:
+    """Hand what the block's hooks left to a caller who asked for ``output_hidden_states=True``.
+
+    Hugging Face has recorded what its own layer, inside of the block, returned.
+    """
+    collected = output_capturing._active_collector.get()  # type: ignore[no-untyped-call]
+    recorded = (collected or {}).get("hidden_states")
+    if recorded and recorded[-1] is not None:
+        recorded[-1] = output[0] if isinstance(output, tuple) else output

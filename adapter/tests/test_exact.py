@@ -116,6 +116,16 @@ def test_output_attentions(before: Any) -> None:
     assert all(map(same, attentions, expected))
 
 
+def test_output_hidden_states_are_what_hooks_leave() -> None:
+    reference, bridge = models.pair(num_hidden_layers=3)
+    reference.model.layers[0].register_forward_hook(lambda module, args, output: output * 2)
+    expected = reference(TOKENS, output_hidden_states=True).hidden_states
+    with bridge.hooks([("blocks.0.hook_resid_post", lambda tensor, hook: tensor * 2)]):
+        states = bridge.original_model(TOKENS, output_hidden_states=True).hidden_states
+    assert len(states) == 4
+    assert all(map(same, states, expected))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_an_attention_called_alone(dtype: Any) -> None:
     reference, bridge = models.pair(dtype=dtype, **SHAPES["gqa-clip-bias"])
