@@ -109,12 +109,16 @@ class OlmoTransformerBridge(OlmoCalls, OlmoTextBridge, WholeStateBridge):
         bias: torch.Tensor = super().accumulated_bias(*args, **kwargs)
         return bias.to(self.W_E.dtype)
 
-    @call_of_its_own()
     def run_with_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """Run and cache; refuse a name whose hook fires only under a flag that is off."""
+        """Run and cache; refuse a name whose hook fires only under a flag that is off.
+
+        A run that a hook, or another thread, makes meanwhile is not cached.
+        """
         given = signature(super().run_with_cache).bind(*args, **kwargs).arguments
         refuse_gated(self, given.get("names_filter"))
-        return super().run_with_cache(*args, **kwargs)
+        with call_of_its_own() as call:
+            call.caches = True
+            return super().run_with_cache(*args, **kwargs)
 
     def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Build caching hooks; refuse a name whose hook fires only under a flag that is off."""

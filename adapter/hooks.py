@@ -39,7 +39,8 @@ class _OnRoute(_Hook):
     At a point with a conversion a hook sees a view of its own. Unless the view is handed back, the
     computation goes past it, and neither ``retain_grad()`` nor ``autograd.grad`` finds a gradient.
 
-    One that stops the run of its own call lets the runs of other hooks and threads go on.
+    One that stops the run of its own call, or caches it, lets the runs of other hooks and threads
+    go on as they are.
     """
 
     def __init__(self, point: HookPoint, hook: Callable[..., Any]) -> None:
@@ -47,6 +48,8 @@ class _OnRoute(_Hook):
         self._call = current_call()
 
     def __call__(self, tensor: torch.Tensor, hook: Any) -> Any:
+        if self._call is not None and self._call.caches and of_another(self._call):
+            return tensor
         try:
             returned = self._hook(tensor, hook=hook)
         except StopAtLayerException:

@@ -18,22 +18,25 @@ class Call:
     Attributes:
         around: The call in which this one is made, by a hook or by TransformerLens, if any.
         kept: Values by owner and name.
+        caches: Whether the hooks that are put on in this call itself are for its own run alone.
     """
 
     def __init__(self, around: Call | None) -> None:
         self.around = around
         self.kept: dict[tuple[Any, str], Any] = {}
+        self.caches = False
 
 
 _CALL: ContextVar[Call | None] = ContextVar("_CALL", default=None)
 
 
 @contextmanager
-def call_of_its_own() -> Iterator[None]:
+def call_of_its_own() -> Iterator[Call]:
     """Run in a new call, also as a decorator."""
-    token = _CALL.set(Call(_CALL.get()))
+    call = Call(_CALL.get())
+    token = _CALL.set(call)
     try:
-        yield
+        yield call
     finally:
         _CALL.reset(token)
 

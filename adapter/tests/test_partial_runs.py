@@ -72,6 +72,28 @@ def test_in_a_hook_of_a_cached_run() -> None:
     assert "blocks.1.hook_in" not in cache
 
 
+@pytest.mark.parametrize("thread", [False, True], ids=["hook", "thread"])
+def test_a_run_beside_a_cached_one_is_not_cached(thread: bool) -> None:
+    bridge = bridged(models.olmo())
+    _, expected = bridge.run_with_cache(TOKENS)
+    ran: list[None] = []
+
+    def other(tensor: torch.Tensor, hook: Any) -> None:
+        if not ran:
+            ran.append(None)
+            if thread:
+                beside = Thread(target=bridge, args=(OTHER,))
+                beside.start()
+                beside.join()
+            else:
+                bridge(OTHER)
+
+    with bridge.hooks(fwd_hooks=[(PLACE, other)]):
+        _, cache = bridge.run_with_cache(TOKENS)
+    assert ran
+    assert all(same(cache[name], tensor) for name, tensor in expected.items())
+
+
 @pytest.mark.parametrize("part", PARTS, ids=str)
 def test_in_a_thread(part: dict[str, int]) -> None:
     bridge = bridged(models.olmo())
