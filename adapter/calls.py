@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 
-from adapter.partial_runs import call_of_its_own, current_call
+from adapter.partial_runs import call_of_its_own
+from adapter.threads import OfTheThread
 
 _MASK = 4  # where attention_mask stands behind the input, in a call by position
-# Where a bridge that generates waits for the cache of a forward.
-_AWAITED = ("_capture_hf_cache", "_last_hf_cache")
 _WANTS_A_RECORD = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 
 
@@ -22,6 +21,10 @@ class OlmoCalls(TransformerBridge):
     embeddings after the first generated token; and its ``hf_generate`` needs a tokenizer where
     there is nothing to tokenize, and always uses a cache.
     """
+
+    # Where a generation waits for the cache of a forward, and where it finds it.
+    _capture_hf_cache = OfTheThread()
+    _last_hf_cache = OfTheThread()
 
     @call_of_its_own()
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,13 +41,11 @@ class OlmoCalls(TransformerBridge):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate; in a hook, without ending what the generation around it waits for."""
-        own = vars(self)
-        inside = current_call() is not None
-        awaited = {name: own[name] for name in _AWAITED if inside and name in own}
+        waiting = getattr(self, "_capture_hf_cache", False)
         try:
             return super().generate(*args, **kwargs)
         finally:
-            own.update(awaited)
+            self._capture_hf_cache = waiting
 
     def _generate_tokens(self, *args: Any, **kwargs: Any) -> Any:
         """Generate from embeddings as from tokens: with a mask that grows with the text."""

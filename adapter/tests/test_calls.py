@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -118,6 +119,25 @@ def test_a_generation_in_a_hook_of_one_leaves_the_outer_its_cache() -> None:
 
     with bridge.hooks([("blocks.0.hook_resid_post", generate)]):
         bridge.generate(TOKENS, **asked)
+    assert lengths == [6, 1, 1, 1, 1]
+
+
+def test_generations_in_two_threads_have_each_its_own_cache() -> None:
+    _, bridge = models.pair()
+    asked: dict[str, Any] = {**GREEDY, "verbose": False, "stop_at_eos": False}
+    expected = bridge.generate(TOKENS, **asked)
+    lengths: list[int] = []
+
+    def meanwhile(tensor: torch.Tensor, hook: Any) -> None:
+        lengths.append(tensor.shape[1])
+        if len(lengths) == 1:
+            other = Thread(target=bridge.generate, args=(TOKENS[:1, :2],), kwargs=asked)
+            other.start()
+            other.join()
+            del lengths[1:]
+
+    with bridge.hooks([("blocks.0.hook_resid_post", meanwhile)]):
+        assert same(bridge.generate(TOKENS, **asked), expected)
     assert lengths == [6, 1, 1, 1, 1]
 
 
