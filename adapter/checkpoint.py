@@ -54,7 +54,7 @@ def require_whole(directory: Path, config: Any) -> None:
 
 def require_text(tokenizer: Any) -> None:
     """Raise if a tokenizer knows no text: what Hugging Face makes up where there is no file."""
-    if not tokenizer.encode("a", add_special_tokens=False):
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         raise CheckpointError(
             f"{tokenizer.name_or_path or 'the tokenizer'}: no tokenizer.json, so that no text can "
             "be read; give boot_transformers a tokenizer"

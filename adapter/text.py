@@ -110,12 +110,14 @@ class OlmoTextBridge(TransformerBridge):
         first = (
             [tokenizer.bos_token_id] if prepend_bos and tokenizer.bos_token_id is not None else []
         )
-        most = self.cfg.n_ctx if truncate else None
+        room = self.cfg.n_ctx - len(first)
         texts = [texts] if isinstance(texts, str) else texts
-        rows = [
-            torch.tensor((first + row)[:most], dtype=torch.long)
-            for row in tokenizer(texts, add_special_tokens=False)["input_ids"]
-        ]
+        rows = []
+        for row in tokenizer(texts, add_special_tokens=False)["input_ids"]:
+            over = max(len(row) - room, 0) if truncate else 0
+            start = over if tokenizer.truncation_side == "left" else 0
+            kept = first + row[start : start + len(row) - over]
+            rows.append(torch.tensor(kept, dtype=torch.long))
         longest = max(len(row) for row in rows)
         tokens = torch.full((len(rows), longest), tokenizer.pad_token_id or 0)
         mask = torch.zeros_like(tokens)

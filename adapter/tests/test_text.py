@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import GPTNeoXTokenizer
+from transformers import GPTNeoXTokenizer, PreTrainedTokenizerFast
 
 import adapter
 from adapter.tests import models
@@ -115,6 +116,23 @@ def test_what_pads_may_be_a_text(call: str) -> None:
     for row, text in zip(made(texts), texts, strict=True):
         (alone,) = made(text)
         assert row[-len(alone) :].tolist() == alone.tolist()
+
+
+def test_a_text_may_be_cut_on_the_left() -> None:
+    bridge = bridged(truncation_side="left")
+    assert bridge.to_tokens("abc" * 3).tolist() == [[0, B, C, A, B, C]]
+    assert bridge.to_tokens("abc" * 3, prepend_bos=False).tolist() == [[A, B, C, A, B, C]]
+    assert bridge.to_tokens(["ab", "abc" * 3]).tolist()[0] == [0, A, B, 1, 1, 1]
+    assert bridge.to_tokens("abc" * 3, truncate=False).shape == (1, 10)
+
+
+def test_a_tokenizer_may_know_few_words(tmp_path: Any) -> None:
+    digits = {"<pad>": 0, "<end>": 1, **{str(digit): digit + 2 for digit in range(10)}}
+    named: dict[str, Any] = {"pad_token": "<pad>", "eos_token": "<end>", "bos_token": "<end>"}
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(digits, [])), **named)
+    made.save_pretrained(tmp_path)  # TransformerLens loads a tokenizer again
+    knows = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert adapter.bridge(models.olmo(), knows).to_tokens("407").tolist() == [[1, 6, 2, 9]]
 
 
 def test_without_a_tokenizer_text_is_refused() -> None:
