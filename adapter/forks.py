@@ -33,11 +33,12 @@ class _Operands(TorchFunctionMode):
 
 def parameters_of(projection: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weight ``[out, in]`` and bias of a projection that is nothing but these."""
-    if not (isinstance(projection, torch.nn.Linear) and projection.weight.is_floating_point()):
+    linear = isinstance(projection, torch.nn.Linear) and projection.weight.is_floating_point()
+    if not linear or type(projection).forward is not torch.nn.Linear.forward:
         raise TypeError(
             "per-head hooks need the projection's weight, and a "
             f"{type(projection).__name__} computes more than a weight (an adapter, a "
-            "quantization); merge it or turn the flag off"
+            "quantization); merge it before the model is bridged, or turn the flag off"
         )
     if not projection.weight.is_meta:
         return projection.weight, projection.bias
@@ -113,6 +114,9 @@ def head_contributions(
         ``[batch, pos, d_model]``: positions without an edit keep the plain projection's value. The
         dtype is the plain projection's: under autocast a bias is wider than that.
     """
+    if not is_hooked(hook):
+        unedited: torch.Tensor = projection(z)
+        return unedited
     weight, bias = parameters_of(projection)
     weight = weight.view(projection.out_features, -1, d_head)
     summands = torch.einsum("bphd,mhd->bphm", z.view(*z.shape[:-1], -1, d_head), weight)

@@ -226,6 +226,23 @@ def test_per_head_hooks_need_a_plain_weight() -> None:
         bridge(TOKENS)
 
 
+def test_a_linear_map_that_computes_more_has_no_plain_weight() -> None:
+    class Doubled(torch.nn.Linear):
+        def forward(self, input: Any) -> Any:
+            return 2 * super().forward(input)
+
+    def olmo() -> Any:
+        model = models.olmo()
+        model.model.layers[0].self_attn.o_proj.__class__ = Doubled
+        return model
+
+    bridge = flagged(models.bridged(olmo()), "use_attn_result")
+    assert same(bridge(TOKENS), olmo()(TOKENS).logits)
+    bridge.add_hook("blocks.0.attn.hook_result", lambda tensor, hook: None)
+    with pytest.raises(TypeError, match="Doubled"):
+        bridge(TOKENS)
+
+
 @pytest.mark.parametrize("flag", FLAGGED)
 def test_an_offloaded_model_is_edited_as_any(flag: str) -> None:
     accelerate = pytest.importorskip("accelerate")
