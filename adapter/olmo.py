@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,8 @@ class OlmoArchitectureAdapter(ArchitectureAdapter):
 
     def setup_hook_compatibility(self, bridge: TransformerBridge) -> None:
         """Finish a bridge: TransformerLens calls this once its components are bound."""
-        if type(bridge) is TransformerBridge:
-            bridge.__class__ = OlmoTransformerBridge
+        if not isinstance(bridge, OlmoTransformerBridge):
+            bridge.__class__ = _ours(type(bridge))
         tell_the_truth(bridge)
         if bridge.tokenizer is not None:
             require_text(bridge.tokenizer)
@@ -146,6 +147,14 @@ class OlmoArchitectureAdapter(ArchitectureAdapter):
     def postprocess_weights(self, bridge: TransformerBridge) -> None:
         """Follow the weights: processing unties the unembedding from the embedding."""
         tell_the_truth(bridge)
+
+
+@cache
+def _ours(kind: type[TransformerBridge]) -> type[TransformerBridge]:
+    """OLMo's bridge, below what a subclass of TransformerBridge adds or overrides."""
+    if kind is TransformerBridge:
+        return OlmoTransformerBridge
+    return type(kind.__name__, (kind, OlmoTransformerBridge), {"__module__": kind.__module__})
 
 
 def _transposed() -> ParamProcessingConversion:

@@ -27,6 +27,14 @@ class OlmoUnembeddingBridge(UnembeddingBridge):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Logits ``[batch, pos, d_vocab]``, the caller's own: a cache keeps another tensor."""
+        self._follow_the_weight()
         shown = is_hooked(self.hook_out)  # before: a hook may remove itself
         logits: torch.Tensor = super().forward(hidden_states, **kwargs)
         return logits.clone() if shown else logits
+
+    def _follow_the_weight(self) -> None:
+        """Give the zeros the weight's dtype, which a cast of the parameters alone changes."""
+        head: Any = self.original_component
+        zeros = head._buffers.get("bias")
+        if zeros is not None and zeros.dtype != head.weight.dtype:
+            head.bias = zeros.to(head.weight.dtype)

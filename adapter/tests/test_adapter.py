@@ -91,7 +91,7 @@ def test_bridge_registers_nothing_and_register_does() -> None:
 def test_a_bridged_model_is_not_bridged_again() -> None:
     model = models.olmo(clip_qkv=0.5)
     bridge = adapter.bridge(model)
-    with pytest.raises(ValueError, match="hf_model: .*inside of a bridge already"):
+    with pytest.raises(ValueError, match="is inside of a bridge already"):
         adapter.bridge(model)
     assert same(bridge(TOKENS), models.olmo(clip_qkv=0.5)(TOKENS).logits)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
 import pytest
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 from transformers.activations import ACT2FN
 
 from adapter.tests import models
@@ -65,6 +67,20 @@ def test_value_biases_stay_before_a_clamp() -> None:
         bridge.enable_compatibility_mode(disable_warnings=True)
     expected = reference.model.layers[0].self_attn.v_proj.bias
     assert same(bridge.blocks[0].attn.b_V.flatten(), expected)
+
+
+def test_a_subclass_of_transformer_lens_bridge_is_ours_too() -> None:
+    class Mine(TransformerBridge):
+        def to_tokens(self, *args: Any, **kwargs: Any) -> Any:
+            return TOKENS
+
+    model = models.olmo(**SHAPES["gqa-clip-bias"])
+    bridge: Any = Mine(model, models.bridged(models.olmo(**SHAPES["gqa-clip-bias"])).adapter, None)
+    assert isinstance(bridge, Mine)
+    assert same(bridge.to_tokens("any"), TOKENS)
+    with pytest.warns(UserWarning, match=r"clip_qkv=0\.5"):
+        bridge.enable_compatibility_mode(disable_warnings=True)
+    assert type(bridge) is type(copy.deepcopy(bridge))
 
 
 def test_value_biases_stay_while_dropout_is_active() -> None:

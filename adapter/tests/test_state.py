@@ -71,6 +71,13 @@ def test_every_cast_is_told(way: Any) -> None:
     assert bridge.cfg.dtype == bridge.blocks[1].attn.config.dtype == torch.float32
 
 
+def test_a_cast_of_the_parameters_alone_is_followed() -> None:
+    for model in (reference := models.olmo(), (bridge := models.bridged(models.olmo()))):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    assert same(bridge(TOKENS), reference(TOKENS).logits)
+
+
 def thirds(**fields: Any) -> Any:
     """A float64 model whose weights are no float32 numbers."""
     model = models.olmo(dtype=torch.float64, **fields)
