@@ -133,7 +133,7 @@ class OlmoArchitectureAdapter(ArchitectureAdapter):
     def setup_hook_compatibility(self, bridge: TransformerBridge) -> None:
         """Finish a bridge: TransformerLens calls this once its components are bound."""
         if not isinstance(bridge, OlmoTransformerBridge):
-            bridge.__class__ = _ours(type(bridge))
+            bridge.__class__ = _ours(type(bridge))  # type: ignore[arg-type]
         tell_the_truth(bridge)
         if bridge.tokenizer is not None:
             require_text(bridge.tokenizer)

@@ -129,9 +129,10 @@ def test_a_text_may_be_cut_on_the_left() -> None:
 def test_a_tokenizer_may_know_few_words(tmp_path: Any) -> None:
     digits = {"<pad>": 0, "<end>": 1, **{str(digit): digit + 2 for digit in range(10)}}
     named: dict[str, Any] = {"pad_token": "<pad>", "eos_token": "<end>", "bos_token": "<end>"}
-    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(digits, [])), **named)
+    kind: Any = PreTrainedTokenizerFast
+    made = kind(tokenizer_object=Tokenizer(BPE(digits, [])), **named)
     made.save_pretrained(tmp_path)  # TransformerLens loads a tokenizer again
-    knows = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    knows = kind.from_pretrained(tmp_path)
     assert adapter.bridge(models.olmo(), knows).to_tokens("407").tolist() == [[1, 6, 2, 9]]
 
 
