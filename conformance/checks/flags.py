@@ -156,7 +156,8 @@ def edited(adapter: Adapter, case: Case) -> Iterator[Gap]:
     draw = drawing(case)
     of_gradients: tuple[Edit, ...] = ()
     if draw(3) == 0:  # what is computed without a gradient is of no use to one with it
-        observe(subject, without_edits(case), backward=False)
+        gated = behind_flags(case.model, case.run.flags)
+        observe(subject, without_edits(case), sites=gated, backward=False)
     returned = all(edit.kind != "in_place" for edit in case.run.edits)
     if draw(3) == 0 and returned:
         of_gradients = tuple(replace(edit, kind=_LESS[draw(len(_LESS))]) for edit in case.run.edits)
