@@ -14,7 +14,7 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
-from adapter.partial_runs import current_call, of_another
+from adapter.partial_runs import call_of_its_own, current_call, of_another
 
 # What takes no part in a search for what else is to be copied: exactly these types, no subclass.
 _BARE = (type(None), bool, int, float, str)
@@ -39,21 +39,24 @@ class _OnRoute(_Hook):
     At a point with a conversion a hook sees a view of its own. Unless the view is handed back, the
     computation goes past it, and neither ``retain_grad()`` nor ``autograd.grad`` finds a gradient.
 
-    One that stops the run of its own call, or caches it, lets the runs of other hooks and threads
-    go on as they are.
+    What a hook calls is no part of the run that the hook is in. One that stops or caches the run of
+    its own call lets the runs of other hooks, and of threads, go on as they are.
     """
 
     def __init__(self, point: HookPoint, hook: Callable[..., Any]) -> None:
         super().__init__(point, hook)
         self._call = current_call()
+        self._caches = self._call is not None and self._call.caches
 
     def __call__(self, tensor: torch.Tensor, hook: Any) -> Any:
-        if self._call is not None and self._call.caches and of_another(self._call):
+        elsewhere = of_another(self._call)
+        if elsewhere and self._caches:
             return tensor
         try:
-            returned = self._hook(tensor, hook=hook)
+            with call_of_its_own():
+                returned = self._hook(tensor, hook=hook)
         except StopAtLayerException:
-            if of_another(self._call):
+            if elsewhere:
                 return tensor
             raise
         viewed = returned is None and self._point.hook_conversion is not None

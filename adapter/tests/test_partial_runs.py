@@ -54,6 +54,19 @@ def test_in_a_hook(part: dict[str, int]) -> None:
         assert same(got, inner())
 
 
+def test_a_part_that_a_hook_calls_is_whole() -> None:
+    bridge = bridged(models.olmo())
+    stream = bridge.W_E[OTHER].detach()
+    where = bridge.original_model.model.rotary_emb(stream, torch.arange(OTHER.shape[1])[None])
+    parts: list[Callable[[], Any]] = [
+        lambda: bridge.original_model(OTHER).logits,
+        lambda: bridge.blocks[1](stream, position_embeddings=where)[0],
+    ]
+    for part in parts:
+        _, got = within(bridge, {"stop_at_layer": 1}, part)
+        assert same(got, part())
+
+
 def test_in_a_hook_of_a_cached_run() -> None:
     bridge = bridged(models.olmo())
     inner: list[Any] = []

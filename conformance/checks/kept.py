@@ -130,7 +130,7 @@ def _some_blocks(bridge: Any, draw: Callable[[int], int]) -> dict[str, int]:
     "A hook that runs the model on other tokens, or its ln1 alone, gets what it gets outside of a "
     "hook, under flags and with an edit too, and the run around it is what it is without that; so "
     "it is where the other run is another thread's, and ends later. Either may be a run of some "
-    "blocks.",
+    "blocks, the outer one one that caches.",
     lambda: cases(runs=lambda model: run_specs(model, flags=_mostly_forks())),
     examples=0.4,
 )
@@ -163,6 +163,7 @@ def nested(adapter: Adapter, case: Case) -> Iterator[Gap]:
     inner = {} if whole or draw(2) else _some_blocks(bridge, draw)
     cached = not whole and bool(draw(2))
     within: list[torch.Tensor] = []
+    caches: list[dict[str, torch.Tensor]] = []
     seen: dict[str, torch.Tensor] = {}
     running, calls = False, 0
     beside = _Beside()
@@ -202,7 +203,10 @@ def nested(adapter: Adapter, case: Case) -> Iterator[Gap]:
         with at_work(f"a forward with an edit at {edit}"), hooked, torch.no_grad(), beside:
             method = bridge.run_with_cache if cached and case is not other else bridge
             output = call(case, part, method)
-        logits: torch.Tensor = output[0] if method is not bridge else output
+        if method is not bridge:
+            output, cache = output
+            caches.append(dict(cache.items()))
+        logits: torch.Tensor = output
         return logits
 
     alone = forward(other, inner)
@@ -217,6 +221,8 @@ def nested(adapter: Adapter, case: Case) -> Iterator[Gap]:
         label = f"{label}, {inner} in {outer}"
     yield from exact_gaps(due, seen) if whole else labelled(label, exact_gaps(due, seen))
     yield from labelled(label, bitwise("logits of the run around", around, got))
+    if cached:
+        yield from labelled(f"{label}, cache", exact_gaps(*caches))
     for logits in within:
         yield from labelled(label, bitwise("logits of the run within", alone, logits))
     if whole and calls != 2:
