@@ -100,7 +100,7 @@ def output_attentions(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "output_hidden_states=True returns the residual stream before every block and the last one's "
     "after ln_final, Hugging Face's own, gradient and all, as the hooks after a block leave it.",
     cases,
-    examples=0.1,
+    examples=0.2,
 )
 def hidden_states(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Asked of the wrapped model, like the attentions."""
@@ -109,16 +109,17 @@ def hidden_states(adapter: Adapter, case: Case) -> Iterator[Gap]:
     expected = yield from _recorded(truth, subject, case, "hidden_states")
     if not expected:
         return
-    block = case.run.token_seed % (len(expected) - 1)
-    layer = truth.model.model.layers[block]
-    # Before what Hugging Face records with, which is on since the first call.
-    on_truth = layer.register_forward_hook(lambda module, args, output: output * 0.5, prepend=True)
-    on_bridge = [(f"blocks.{block}.hook_out", lambda tensor, hook: tensor * 0.5)]
-    with on_truth, bridge_of(subject).hooks(fwd_hooks=on_bridge):
-        due, got = (_record(asked, truth, case, "hidden_states") for asked in (truth, subject))
-    for at, (theirs, ours) in enumerate(zip(due, got, strict=True)):
-        site = f"hidden_states[{at}], edited after block {block}"
-        yield from bitwise(site, theirs.detach(), ours.detach())
+    block, left = case.run.token_seed % (len(expected) - 1), []
+
+    def halve(tensor: torch.Tensor, hook: HookPoint) -> torch.Tensor:
+        left.append(tensor.detach() * 0.5)
+        return left[-1]
+
+    with bridge_of(subject).hooks(fwd_hooks=[(f"blocks.{block}.hook_out", halve)]):
+        edited = _record(subject, truth, case, "hidden_states")
+    if block + 2 < len(expected):  # what follows the last block is shown after ln_final
+        (due,) = left
+        yield from bitwise(f"hidden_states[{block + 1}], edited", due, edited[block + 1].detach())
 
 
 def _record(asked: Subject, truth: Subject, case: Case, name: str) -> list[torch.Tensor]:

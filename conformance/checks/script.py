@@ -82,6 +82,7 @@ class Script:
         side: Padding side asked of the bridge; None leaves it to the tokenizer.
         own_side: Padding side of the tokenizer.
         room: Greatest number of tokens.
+        cut_left: Whether the tokenizer cuts the beginning of a text that is too long, not its end.
     """
 
     texts: tuple[str, ...]
@@ -90,6 +91,7 @@ class Script:
     side: str | None
     own_side: str
     room: int
+    cut_left: bool = False
 
     @property
     def left(self) -> bool:
@@ -108,12 +110,15 @@ class Script:
         ragged = len({len(row) for row in self.rows()}) > 1
         side = "left" if self.left else "right"
         bare = self.prepend is False
-        told = ["cut"] * cut + [f"padded on the {side}"] * ragged + ["without BOS"] * bare
+        beginning = [f"cut{' on the left' * self.cut_left}"] * cut
+        told = beginning + [f"padded on the {side}"] * ragged + ["without BOS"] * bare
         return ", ".join([self.setup, *told])
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """A new tokenizer, for a bridge to set up."""
-        made: Any = AutoTokenizer.from_pretrained(TRAINED, **TOKENIZERS[self.setup])
+        cut = "left" if self.cut_left else "right"
+        setup = TOKENIZERS[self.setup]
+        made: Any = AutoTokenizer.from_pretrained(TRAINED, truncation_side=cut, **setup)
         made.padding_side = self.own_side
         return made  # type: ignore[no-any-return]
 
@@ -125,7 +130,12 @@ class Script:
     def rows(self, *, truncate: bool = True) -> list[list[int]]:
         """The token ids of each text."""
         bos = [] if self.prepend is False else [BOS]
-        return [(bos + ids(text))[: self.room if truncate else None] for text in self.texts]
+        rows = []
+        for text in self.texts:
+            said = ids(text)
+            over = max(len(bos + said) - self.room, 0) if truncate else 0
+            rows.append(bos + (said[over:] if self.cut_left else said[: len(said) - over]))
+        return rows
 
 
 def script(case: Case, *, fits: int | None = None, repeats: bool = False) -> Script:
@@ -160,7 +170,7 @@ def script(case: Case, *, fits: int | None = None, repeats: bool = False) -> Scr
     )
     if fits is None:
         rare = [draw.choice(RARE) if draw.random() < 0.25 else text for text in texts]
-        told = replace(told, texts=tuple(rare)).said()
+        told = replace(told, texts=tuple(rare), cut_left=draw.random() < 0.3).said()
     return told
 
 
