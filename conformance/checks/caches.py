@@ -14,6 +14,7 @@ from hypothesis.strategies import SearchStrategy
 from transformers import Cache, DynamicCache, StaticCache
 
 from conformance.checks.registry import Adapter, check
+from conformance.checks.support import exact_gaps
 from conformance.compare import Gap, bitwise
 from conformance.inputs import Inputs, derived_positions, inputs
 from conformance.spec import Case, ModelSpec, RunSpec
@@ -101,8 +102,11 @@ def differing_caches(expected: Cache, actual: Cache) -> Iterator[Gap]:
         told = f"{len(actual.layers)} layers instead of {len(expected.layers)}"
         yield Gap("cache", "count", told)
     for index, (due, got) in enumerate(zip(expected.layers, actual.layers, strict=False)):
-        for name in ("keys", "values"):
-            yield from bitwise(f"cache.{index}.{name}", getattr(due, name), getattr(got, name))
+        both = [
+            {f"cache.{index}.{name}": getattr(layer, name) for name in ("keys", "values")}
+            for layer in (due, got)  # a layer that was never filled has None
+        ]
+        yield from exact_gaps(*both)
 
 
 def _new_cache(case: Case, subject: Subject) -> Cache:

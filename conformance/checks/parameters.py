@@ -121,9 +121,9 @@ def cast(adapter: Adapter, case: Case) -> Iterator[Gap]:
             bridge = copy.deepcopy(bridge)
         bridge = act(bridge)
         moved = dict(zip(subject.parameters, bridge.parameters(), strict=True))
+        changed = replace(subject, bridge=bridge, model=bridge.original_model, parameters=moved)
     act(truth.model)
     truth = replace(truth, parameters=dict(truth.model.named_parameters()))
-    changed = replace(subject, bridge=bridge, model=bridge.original_model, parameters=moved)
     due = weights({name: each.detach() for name, each in truth.parameters.items()}, model)
     with at_work(f"reading the weights after {way}"):
         got = read(bridge, model)
