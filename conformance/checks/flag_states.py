@@ -72,6 +72,19 @@ class _Doubled(nn.Module):
         return 2 * self.base_layer(x)  # type: ignore[no-any-return]
 
 
+class _DoubledLinear(nn.Linear):
+    """A linear map of a kind of its own, as those that quantize in training are."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Twice the output."""
+        return 2 * super().forward(input)
+
+
+def _of_its_kind(linear: nn.Linear) -> nn.Linear:
+    linear.__class__ = _DoubledLinear
+    return linear
+
+
 class _Twice(nn.Module):
     """A parametrization: twice what is held."""
 
@@ -100,7 +113,7 @@ def _wrapped_gaps(adapter: Adapter, case: Case) -> Iterator[Gap]:
         for tensor in bridge_of(doubled).get_submodule(path).original_component.parameters():
             tensor.mul_(2)
     component: Any = bridge_of(wrapped).get_submodule(path)
-    how = (_Doubled, _parametrized)[draw(2)]
+    how: Any = (_Doubled, _parametrized, _of_its_kind)[draw(3)]
     component.set_original_component(how(component.original_component))
     bare = without_edits(case)
     for subject in (doubled, wrapped):
@@ -152,7 +165,7 @@ def _both_gaps(adapter: Adapter, case: Case) -> Iterator[Gap]:
     "refused or takes account of it. "
     "Edits both behind a flag and of what the projection reads are both felt, or refused.",
     cases,
-    examples=0.15,
+    examples=0.2,
 )
 def refused(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """In either order, by set_use_* and on cfg; and legal once the first is off."""
