@@ -323,7 +323,18 @@ SIZES = torch.tensor([[1.0, -4.0], [torch.inf, 2.0]], dtype=torch.float64)
         (lambda: of_sum_by_head(torch.tensor([2.0, -3.0])), 0, 3e-3, "summed by head"),
         (lambda: of_sum_by_head(torch.tensor([1e-9])), 0, 1e-6, "summed by head"),
         (lambda: of_sum_by_head(torch.zeros(0)), 0, 1e-6, "summed by head"),
-        (lambda: of_other_attention(4.0), 0, 8e-5, "2e-5 of the greatest entry: sdpa"),
+        (
+            lambda: of_other_attention(4.0, torch.zeros(2), torch.tensor([1e-5, -7e-5])),
+            0,
+            8e-5,
+            "2e-5 of the greatest entry, or",
+        ),
+        (
+            lambda: of_other_attention(4.0, torch.ones(2), torch.tensor([1.5, float("nan")])),
+            0,
+            0.5,
+            "what Hugging Face's own differ by",
+        ),
         (
             lambda: of_chunks(torch.tensor([2.0, -3.0])),
             0,
