@@ -19,7 +19,7 @@ from adapter.forks import (
     mean_of_groups,
     project_change,
 )
-from adapter.hooks import drop_hook, new_hook
+from adapter.hooks import drop_hook, is_hooked, new_hook
 from adapter.layouts import HeadsAfterPositions, SplitHeads
 from adapter.running import residual_before
 
@@ -238,7 +238,7 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
 
     def _project_out(self, z: torch.Tensor) -> torch.Tensor:
         """Output projection of ``[batch, pos, head * d_head]``."""
-        if not getattr(self.config, "use_attn_result", False):
+        if not (getattr(self.config, "use_attn_result", False) and is_hooked(self.hook_result)):
             output: torch.Tensor = self.o(z)
             return output
         hf: Any = self.original_component

@@ -114,15 +114,14 @@ def head_contributions(
         ``[batch, pos, d_model]``: positions without an edit keep the plain projection's value. The
         dtype is the plain projection's: under autocast a bias is wider than that.
     """
-    if not is_hooked(hook):
-        unedited: torch.Tensor = projection(z)
-        return unedited
     weight, bias = parameters_of(projection)
     weight = weight.view(projection.out_features, -1, d_head)
     summands = torch.einsum("bphd,mhd->bphm", z.view(*z.shape[:-1], -1, d_head), weight)
     hooked = hook(summands.clone())
     plain: torch.Tensor = projection(z)
-    connected = plain + (hooked - summands).sum(2)
+    # Summands may overflow whose sum does not, and inf - inf is NaN.
+    change = torch.where(summands.isfinite(), hooked - summands, 0.0)
+    connected = plain + change.sum(2)
     rebuilt = hooked.sum(2) if bias is None else hooked.sum(2) + bias
     edited = (hooked != summands).flatten(2).any(-1, keepdim=True)
     return torch.where(edited, rebuilt, connected).to(plain.dtype)

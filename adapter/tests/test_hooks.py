@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any
 
@@ -267,6 +268,23 @@ def test_results_of_heads_can_be_ablated_exactly() -> None:
         _, cache = bridge.run_with_cache(TOKENS)
     bias = bridge.blocks[0].attn.b_O.expand(2, 6, -1)
     assert same(cache["blocks.0.attn.o.hook_out"], bias)
+
+
+def test_results_of_heads_may_overflow_where_their_sum_does_not() -> None:
+    model = models.olmo(torch.float16, num_attention_heads=2)
+    attention = model.model.layers[0].self_attn
+    for linear in (attention.v_proj, attention.o_proj):
+        first, second = linear.weight.data.chunk(2, dim=int(linear is attention.o_proj))
+        second.copy_(first if linear is attention.v_proj else -first)
+    attention.q_proj.weight.data.zero_()  # every head attends alike
+    attention.o_proj.weight.data.mul_(5e4).clamp_(-6e4, 6e4)
+    reference = copy.deepcopy(model)(TOKENS).logits
+    assert reference.isfinite().all()
+    bridge = flagged(models.bridged(model), "use_attn_result")
+    seen: list[torch.Tensor] = []
+    bridge.add_hook("blocks.0.attn.hook_result", lambda tensor, hook: seen.append(tensor.clone()))
+    assert same(bridge(TOKENS), reference)
+    assert seen[0].isinf().any()
 
 
 def test_under_autocast_results_of_heads_leave_the_output_its_dtype() -> None:

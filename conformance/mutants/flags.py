@@ -48,9 +48,7 @@ def _by_head(z: torch.Tensor, projection: Any, d_head: int) -> torch.Tensor:
     return torch.einsum("bphd,mhd->bphm", z.view(*z.shape[:-1], -1, d_head), weight)
 
 
-@mutant(
-    "flags.result_summed", "use_attn_result", "flags.unchanged", attention, "head_contributions"
-)
+@mutant("flags.result_summed", "use_attn_result", "flags.hooks", attention, "head_contributions")
 def result_summed(original: Any) -> Any:
     """Results are summed by head also where none is edited: another rounding."""
 
@@ -61,7 +59,29 @@ def result_summed(original: Any) -> Any:
     return contributions
 
 
-@mutant("flags.result_twice", "use_attn_result", "flags.unchanged", attention, "head_contributions")
+@mutant(
+    "flags.result_unasked",
+    "use_attn_result",
+    "flags.unchanged",
+    OlmoAttentionBridge,
+    "_project_out",
+)
+def result_unasked(original: Any) -> Any:
+    """Results are summed by head also where nobody looks at any."""
+
+    def project_out(self: Any, z: torch.Tensor) -> torch.Tensor:
+        if not self.config.use_attn_result or self.hook_result.has_hooks():
+            output: torch.Tensor = original(self, z)
+            return output
+        hf = self.original_component
+        summed = _by_head(z, hf.o_proj.original_component, hf.head_dim).sum(2)
+        bias = hf.o_proj.original_component.bias
+        return self.o.hook_out(summed if bias is None else summed + bias)  # type: ignore[no-any-return]
+
+    return project_out
+
+
+@mutant("flags.result_twice", "use_attn_result", "flags.hooks", attention, "head_contributions")
 def result_twice(original: Any) -> Any:
     """Under use_attn_result, z and o_proj get their gradient twice."""
 
