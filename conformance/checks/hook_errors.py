@@ -166,7 +166,7 @@ def _tried(trial: _Trial, case: Case) -> Iterator[Gap]:
     "call that is refused, reach the caller and leave no hook of theirs behind, take none of the "
     "user's away, and change neither context_level nor logits nor gradients afterwards.",
     cases,
-    examples=0.6,
+    examples=0.8,
 )
 def exceptions(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The user has a permanent hook, one more, and one backwards, all at another place."""

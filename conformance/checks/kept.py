@@ -40,7 +40,7 @@ from conformance.subjects import at_work, bridged, reference
     "A tensor that a hook keeps stays what it was when the caller writes to the output or to the "
     "tokens in place, also when the hook removes itself and when the run stops at a layer.",
     cases,
-    examples=0.15,
+    examples=0.25,
 )
 def kept(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Every site's, with no copy of ours, in one run without a gradient."""
