@@ -19,10 +19,10 @@ from transformers.activations import ACT2FN
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
 from conformance.checks.relations import WIDE, nudged, underived
-from conformance.checks.support import bridge_of
+from conformance.checks.support import bridge_of, in_one_forward
 from conformance.compare import Gap, compare_tensors
 from conformance.inputs import inputs
-from conformance.observe import observe, sites_of
+from conformance.observe import arguments, observe, sites_of
 from conformance.sites import observable
 from conformance.spec import PADDINGS, PROCESSING, Case, ModelSpec, RunSpec
 from conformance.strategies import cases, model_specs, run_specs
@@ -47,10 +47,10 @@ def processed_runs(
     return st.builds(lambda run, flags: replace(run, processing=flags), drawn, asked)
 
 
-def processed_cases() -> SearchStrategy[Case]:
+def processed_cases(paddings: tuple[str, ...] = PADDINGS) -> SearchStrategy[Case]:
     """Float32 cases with every activation that Hugging Face knows and any set of processing."""
     models = model_specs(dtypes=st.just("float32"), activations=st.sampled_from(ACTIVATIONS))
-    return cases(models=models, runs=processed_runs)
+    return cases(models=models, runs=partial(processed_runs, paddings=paddings))
 
 
 def process(subject: Subject, case: Case) -> list[str]:
@@ -210,22 +210,27 @@ def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
 
 @check(
     "compatibility.trains",
-    "In compatibility mode a backward still gives every parameter of the bridge a gradient.",
-    processed_cases,
-    examples=0.1,
+    "In compatibility mode a backward from the real tokens still gives every parameter of the "
+    "bridge a gradient, and a finite one, also where padding leaves queries no key to see.",
+    lambda: processed_cases(paddings=("none", "left", "left", "gap", "rows")),
+    examples=0.2,
 )
 def trains(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Processed weights are other tensors than the model's, but not detached ones."""
-    case = replace(case, run=replace(case.run, chunks=1))
+    case = in_one_forward(case)
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
     process(subject, case)
     bridge = subject.bridge
     assert bridge is not None
+    mask = inputs(case).attention_mask
     with at_work("a backward in compatibility mode"):
-        bridge(inputs(case).tokens, return_type="logits").sum().backward()
+        logits = bridge(**arguments(subject, case))
+        (logits if mask is None else logits[mask.bool()]).sum().backward()
     for name, parameter in bridge.named_parameters():
         if parameter.grad is None:
             yield Gap(name, "missing", "no gradient")
+        elif not parameter.grad.isfinite().all():
+            yield Gap(name, "gradient", "is not finite")
 
 
 @check(

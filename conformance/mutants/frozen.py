@@ -1,4 +1,4 @@
-"""Faults that only a bridge shows that is run otherwise than a test runs it: frozen, or in part."""
+"""Faults of bridges that are frozen or padded, of blocks that differ, of an attention alone."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.functional import softmax
 
 from adapter import attention
 from adapter.attention import OlmoAttentionBridge
@@ -61,3 +62,19 @@ def _(original: Any) -> Any:
         return None if residual is None or _is_frozen(residual) else residual
 
     return residual_before
+
+
+@of_attention(
+    "frozen.blind_gradient",
+    "compatibility mode, a query that sees no key",
+    "compatibility.trains",
+    attribute="_pattern_of",
+)
+def _(original: Any) -> Any:
+    """What a query that sees no key attends to is set to zero only behind the softmax, as NaN."""
+
+    def pattern_of(self: Any, scores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        pattern = softmax(scores, dim=-1, dtype=torch.float32)
+        return pattern.masked_fill(pattern.isnan(), 0.0).to(dtype)
+
+    return pattern_of
