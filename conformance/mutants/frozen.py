@@ -10,6 +10,7 @@ from torch.nn.functional import softmax
 
 from adapter import attention
 from adapter.attention import OlmoAttentionBridge
+from adapter.compatibility import OlmoTransformerBridge
 from adapter.hooks import OlmoHookPoint
 from conformance.mutants.catalogue import mutant
 
@@ -78,3 +79,15 @@ def _(original: Any) -> Any:
         return pattern.masked_fill(pattern.isnan(), 0.0).to(dtype)
 
     return pattern_of
+
+
+@mutant(
+    "frozen.first_bias",
+    "a clip, a first block without value bias",
+    "compatibility.value_biases",
+    OlmoTransformerBridge,
+    "_why_value_biases_must_stay",
+)
+def _(original: Any) -> Any:
+    """Whether there are value biases to fold is asked of the first block alone."""
+    return lambda self: None if self.blocks[0].attn.b_V is None else original(self)
