@@ -15,6 +15,7 @@ from adapter.hooks import OlmoHookPoint
 from conformance.mutants.catalogue import mutant
 
 of_attention = partial(mutant, owner=OlmoAttentionBridge)
+alone = partial(of_attention, killer="components.attention")
 
 
 def _is_frozen(x: torch.Tensor) -> bool:
@@ -91,3 +92,59 @@ def _(original: Any) -> Any:
 def _(original: Any) -> Any:
     """Whether there are value biases to fold is asked of the first block alone."""
     return lambda self: None if self.blocks[0].attn.b_V is None else original(self)
+
+
+@alone("frozen.alone_normed", "an attention alone under a flag", attribute="_changes")
+def _(original: Any) -> Any:
+    """Called alone under a flag, attention normalizes what its heads read."""
+
+    def changes(self: Any, residual: torch.Tensor, norm: Any) -> Any:
+        lone = isinstance(norm.__self__, torch.nn.Identity)
+        return original(self, residual, self._ln1_module.forward if lone else norm)
+
+    return changes
+
+
+@alone("frozen.alone_silent", "an attention alone under a flag", attribute="_changes")
+def _(original: Any) -> Any:
+    """Called alone under a flag, attention fires none of its hooks."""
+
+    def changes(self: Any, residual: torch.Tensor, norm: Any) -> Any:
+        lone = isinstance(norm.__self__, torch.nn.Identity)
+        return [None] * 3 if lone else original(self, residual, norm)
+
+    return changes
+
+
+@alone("frozen.alone_places", "an attention alone, called by position", attribute="forward")
+def _(original: Any) -> Any:
+    """A mask given by position is lost."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(("hidden_states", "position_embeddings"), args, strict=False))
+        given = {**kwargs, **named}
+        return original(self, **{"attention_mask": None, **given})
+
+    return forward
+
+
+@alone("frozen.alone_shifted", "an attention alone without embeddings", attribute="_rotation")
+def _(original: Any) -> Any:
+    """Where attention is told neither positions nor embeddings, it counts from 1."""
+
+    def rotation(self: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        if kwargs.get("position_ids") is None:
+            kwargs = {**kwargs, "position_ids": torch.arange(1, x.shape[1] + 1)[None]}
+        return original(self, x, kwargs)
+
+    return rotation
+
+
+@alone("frozen.alone_told", "an attention alone, positions told", attribute="_rotation")
+def _(original: Any) -> Any:
+    """Where attention computes cosines and sines itself, it does not ask which positions."""
+
+    def rotation(self: Any, x: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+        return original(self, x, {**kwargs, "position_ids": None})
+
+    return rotation
