@@ -148,3 +148,21 @@ def _(original: Any) -> Any:
         return original(self, x, {**kwargs, "position_ids": None})
 
     return rotation
+
+
+@mutant(
+    "frozen.overflown",
+    "float16, a residual stream that overflows, a hook at what heads read",
+    "precision.everywhere",
+    attention,
+    "change_of_heads",
+)
+def _(original: Any) -> Any:
+    """NaN in what a head reads is taken for an edit, since it does not equal itself."""
+
+    def change(residual: torch.Tensor, norm: Any, *args: Any) -> Any:
+        made = original(residual, norm, *args)
+        nan = norm(residual).isnan().unsqueeze(2)
+        return None if made is None else torch.where(nan, torch.nan, made)
+
+    return change
