@@ -136,7 +136,7 @@ def _without_first(model: OlmoForCausalLM) -> None:
         ),
         runs=partial(run_specs, trainings=st.sampled_from((False, True, True))),
     ),
-    examples=0.25,
+    examples=0.4,
 )
 def value_biases(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """Legal is: no clamp between the bias and its use, no dropout on the pattern."""
