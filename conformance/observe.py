@@ -152,6 +152,10 @@ def _gradients(
     return {name: by_name.get(name) for name in parameters}
 
 
+def _is_frozen(subject: Subject) -> bool:
+    return not any(parameter.requires_grad for parameter in subject.parameters.values())
+
+
 def plain_run(subject: Subject, case: Case, data: Inputs) -> Callable[[], None]:
     """A bare forward and backward, with nothing observed, ready to be called."""
     module = _in_mode(subject, case)
@@ -187,7 +191,8 @@ def watched(
         d_head: Size of a head of its model.
         sites: What to record of a Hugging Face model; a bridge shows every hook point it has.
             None records nothing: the bare model, with no hook of ours on it.
-        backward: Send the probe back through the logits.
+        backward: Send the probe back through the logits. If not, gradient mode is off, but for a
+            model that is frozen.
         gradients_at: Sites of a bridge to hook backwards; None hooks all of ``sites``.
         returned: Take the sites' gradients from what the forward hooks of a bridge return, a view
             of what they were given, instead of from backward hooks. That must change nothing, and
@@ -227,7 +232,8 @@ def watched(
             # A gradient is edited at a node of its own.
             taps.editing = sites or () if recorder.edits_gradients else recorder.edits
         with at_work("running") if subject.under_test else nullcontext():
-            with torch.set_grad_enabled(backward):
+            # What is frozen needs no such guard against a graph.
+            with torch.set_grad_enabled(backward or _is_frozen(subject)):
                 logits = run_forward(subject, case, data, recorder, taps)
             gradients = _gradients(subject, logits, data.probe, recorder) if backward else {}
         return Observation(

@@ -290,6 +290,7 @@ def bridged(
     prepared: bool = True,
     attention: str = "eager",
     tokenizer: PreTrainedTokenizerBase | None = None,
+    alter: Callable[[OlmoForCausalLM], None] | None = None,
 ) -> Subject:
     """A `TransformerBridge` around a Hugging Face model, built with the adapter under test.
 
@@ -299,8 +300,11 @@ def bridged(
         prepared: Call ``prepare_model`` first, as ``boot_transformers`` does.
         attention: Hugging Face's name of the attention that the model was loaded with.
         tokenizer: Of a bridge that takes text; set up as ``boot_transformers`` does it.
+        alter: What makes of the model, before all else, one that no spec describes.
     """
     built = hf_model(model, attention)
+    if alter is not None:
+        alter(built)
     parameters = dict(built.named_parameters())
     with at_work("building the bridge"):
         made = make_adapter(adapter, built)

@@ -24,7 +24,14 @@ from conformance.checks.hooking import (
 )
 from conformance.checks.interventions import edited_runs
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import drawing, in_one_forward, quiet, some_positions, turn
+from conformance.checks.support import (
+    drawing,
+    freeze_some,
+    in_one_forward,
+    quiet,
+    some_positions,
+    turn,
+)
 from conformance.compare import Gap, bitwise, compare_tensors
 from conformance.edits import edited
 from conformance.inputs import inputs
@@ -216,12 +223,16 @@ def _disturb(
     examples=0.5,
 )
 def unchanging(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """An edit in place is performed without a gradient: PyTorch refuses most under one."""
+    """An edit in place is performed without a gradient: PyTorch refuses most under one.
+
+    Of those that are frozen gradient mode stays on.
+    """
     case = in_one_forward(case)
-    backward = bool(case.run.token_seed % 2)
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    frozen = freeze_some(subject, drawing(case))
+    backward = bool(case.run.token_seed % 2) and not frozen
     edits = () if backward else case.run.edits
     case = replace(case, run=replace(case.run, edits=edits))
-    subject = bridged(case.model, adapter, prepared=case.run.prepared)
     every, data = sites_of(subject, case), inputs(case)
     expected = observe(reference(case.model), case, sites=every, backward=False)
     for edit in edits:
@@ -234,7 +245,7 @@ def unchanging(adapter: Adapter, case: Case) -> Iterator[Gap]:
     named: dict[str, Any] = {"names_filter": lambda name: name in every}
     if case.run.use_cache:
         named["past_key_values"] = kept
-    with torch.set_grad_enabled(backward):
+    with torch.set_grad_enabled(backward or frozen):
         logits, cache = run_cached(subject, case, tokens, **named)
     with at_work("a backward"):
         if backward:

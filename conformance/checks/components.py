@@ -14,10 +14,12 @@ from transformer_lens.hook_points import HookPoint
 from transformer_lens.model_bridge.generalized_components import BlockBridge
 
 from conformance.alone import Call, Drawer, run_alone, watched
+from conformance.checks.attention_alone import Alone, by_position, without_embeddings
+from conformance.checks.forked import is_exact
 from conformance.checks.masks import hard_mask, soft_mask
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import drawing, exact_gaps
-from conformance.compare import Gap
+from conformance.checks.support import bridge_of, drawing, exact_gaps, turn
+from conformance.compare import Gap, labelled
 from conformance.parts import Part, parameter, parts
 from conformance.points import hook_points
 from conformance.spec import Case
@@ -159,7 +161,8 @@ def _added(case: Case, seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     "components.attention",
     "An attention alone gives the output, pattern, cached keys and values and gradients of its "
     "Hugging Face module, in every dtype, in chunks over a cache, with dropout in training, under "
-    "an additive mask, soft or not, or a boolean one, and causally without one.",
+    "an additive mask, soft or not, or a boolean one, and causally without one; called by position "
+    "too, without cosines and sines, and under flags that show what each head reads.",
     cases,
     examples=0.5,
 )
@@ -178,6 +181,30 @@ def attention(adapter: Adapter, case: Case) -> Iterator[Gap]:
     }.items():
         for gap in pair.gaps(part, ours, theirs, cached=case.run.use_cache):
             yield replace(gap, site=f"{gap.site}, {kind}")
+    if is_exact(adapter):  # upstream's takes keywords alone, and leaves out what it is not given
+        yield from _called_otherwise(pair, part, calls[0])
+
+
+def _called_otherwise(pair: Pair, part: Part, calls: Sequence[Call]) -> Iterator[Gap]:
+    """In one of three ways what no layer does: what comes of it is the same."""
+    case, choose = pair.case, drawing(pair.case)
+    way, told = choose(3), len(calls) > 1 or bool(choose(2))
+    if way == 0:
+        placed = [by_position(call) for call in calls]
+        yield from labelled("by position", pair.gaps(part, placed, cached=case.run.use_cache))
+    elif way == 1:
+        rotary = pair.truth.model.model.rotary_emb
+        with torch.no_grad():
+            pairs = [without_embeddings(call, rotary, told=told) for call in calls]
+            ours, theirs = zip(*pairs, strict=True)
+            gaps = list(pair.gaps(part, ours, theirs, cached=True))
+        yield from labelled("without embeddings", gaps)
+    else:
+        flag = ("use_split_qkv_input", "use_attn_in")[choose(2)]
+        turn(pair.subject, [flag], True)
+        component = bridge_of(pair.subject).get_submodule(part.path)
+        alone = Alone(component, pair.module(part), pair.points, part.path, calls[0])
+        yield from alone.gaps(flag, choose)
 
 
 @check(

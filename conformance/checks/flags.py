@@ -12,7 +12,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 
 from conformance.checks.forked import edited_gaps, is_exact, paired, without_edits
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import drawing, turn
+from conformance.checks.support import drawing, freeze_some, turn
 from conformance.compare import NOTHING_SPECIAL, Gap, compare_parameters, compare_tensors
 from conformance.observe import observe
 from conformance.recorder import Observation
@@ -163,6 +163,8 @@ def edited(adapter: Adapter, case: Case) -> Iterator[Gap]:
         of_gradients = tuple(replace(edit, kind=_LESS[draw(len(_LESS))]) for edit in case.run.edits)
         # Through an edit of the value: of others known defect returned-gradient-skips-edit.
         case = case if draw(2) and is_exact(adapter) else without_edits(case)
+    if not returned:
+        freeze_some(subject, draw)
     yield from edited_gaps(adapter, subject, case, of_gradients)
 
 
@@ -174,5 +176,5 @@ def edited(adapter: Adapter, case: Case) -> Iterator[Gap]:
     examples=0.2,
 )
 def in_place(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Without a gradient, since PyTorch refuses some of these under one."""
+    """Without a gradient, or frozen, since PyTorch refuses some of these under one."""
     yield from edited.run(adapter, case)

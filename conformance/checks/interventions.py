@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from conformance.checks.registry import Adapter, check
+from conformance.checks.support import drawing, freeze_some
 from conformance.compare import (
     Gap,
     compare_gradients,
@@ -162,8 +163,9 @@ def returned(adapter: Adapter, case: Case) -> Iterator[Gap]:
     in_place_cases,
 )
 def in_place(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Without a gradient, since PyTorch refuses most of these under one."""
+    """Without a gradient, or frozen, since PyTorch refuses most of these under one."""
     subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    freeze_some(subject, drawing(case))
     every = sites_of(subject, case)
     expected = observe(reference(case.model), case, sites=every, backward=False)
     actual = observe(subject, case, sites=every, backward=False)

@@ -13,13 +13,16 @@ from hypothesis.strategies import SearchStrategy
 from transformers import DynamicCache
 
 from conformance.checks import gradients
+from conformance.checks.forked import is_exact
+from conformance.checks.gates import FORKS
 from conformance.checks.hooking import some_sites
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import drawing, in_one_forward
+from conformance.checks.support import drawing, in_one_forward, turn
 from conformance.compare import Gap, compare_parameters, compare_tensors, compare_values, labelled
 from conformance.inputs import inputs
 from conformance.observe import observe, sites_of
 from conformance.recorder import Observation, Recorder
+from conformance.sites import behind_flags
 from conformance.spec import DTYPES, Case, Edit, ModelSpec
 from conformance.strategies import cases, model_specs
 from conformance.subjects import Subject, SubjectError, at_work, bridged, reference
@@ -49,13 +52,33 @@ def short_cases() -> SearchStrategy[Case]:
 @check(
     "precision.everywhere",
     "In bfloat16 and float16 every value, dtype and gradient is Hugging Face's bit for bit, with "
-    "and without a cache, infinities and NaN of an overflow included.",
+    "and without a cache, infinities and NaN of an overflow included, also where a hook looks at "
+    "what each head reads.",
     short_cases,
     examples=0.5,
 )
 def everywhere(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """The whole comparison, on short dtypes only."""
     yield from gradients.everywhere.run(adapter, case)
+    if case.model.weight_scale in _OVERFLOWING and is_exact(adapter):
+        yield from _looked_at(adapter, case)
+
+
+def _looked_at(adapter: Adapter, case: Case) -> Iterator[Gap]:
+    """What looking at each head's copy of the residual stream changes: of NaN, too, nothing."""
+    flags = FORKS[1 + drawing(case)(len(FORKS) - 1)]
+    subject = bridged(case.model, adapter, prepared=case.run.prepared)
+    every, gates = sites_of(subject, case), behind_flags(case.model, flags)
+    expected = observe(reference(case.model), case, sites=every, backward=False)
+    turn(subject, flags, True)
+    actual = observe(subject, case, sites=every, backward=False)
+
+    def of_all(name: str) -> bool:
+        return name.partition("#")[0] not in gates
+
+    values = {name: value for name, value in actual.values.items() if of_all(name)}
+    plain = replace(actual, values=values, fired=tuple(filter(of_all, actual.fired)))
+    yield from labelled(f"under {flags}", compare_values(expected, plain, every))
 
 
 @check(

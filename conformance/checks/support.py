@@ -54,6 +54,17 @@ def drawing(case: Case) -> Callable[[int], int]:
     return lambda below: int(torch.randint(below, (), generator=generator))
 
 
+def freeze_some(subject: Subject, draw: Callable[[int], int]) -> bool:
+    """Freeze a bridge, in a third of the cases; whether it was.
+
+    It then runs without a graph though gradient mode is on: only its tensors say so.
+    """
+    frozen = draw(3) == 0
+    if frozen:
+        bridge_of(subject).requires_grad_(False)
+    return frozen
+
+
 def some_positions(length: int, draw: Callable[[int], int]) -> tuple[Any, Collection[int]]:
     """A pos_slice, and the positions that it picks of ``length``."""
     every = range(length)
