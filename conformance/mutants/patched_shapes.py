@@ -8,11 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from adapter import checkpoint, clip
+from transformers.utils import output_capturing
+
+from adapter import checkpoint, clip, compatibility
 from adapter.checkpoint import CheckpointError
+from adapter.compatibility import OlmoTransformerBridge
+from adapter.hooks import OlmoHookPoint
 from conformance.mutants.catalogue import Make, add, mutant
 
 _MODES = "patch.modes"
+of_point = partial(mutant, killer="copies.hooked", owner=OlmoHookPoint, attribute="_take_over")
 of_patch = partial(mutant, killer=_MODES, owner=clip._PatchedForward)
 
 
@@ -224,3 +229,79 @@ def _(_original: Any) -> Any:
         self.attn.__dict__.update({"forward": self, clip._RECORD: self})
 
     return install
+
+
+def _forgetting(_original: Any) -> Any:
+    """Recorders are taken away, and Hugging Face's note that they are there is not."""
+
+    def forget(model: Any) -> None:
+        for module in model.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__module__", None) == output_capturing.__name__:
+                    del module._forward_hooks[key]
+
+    return forget
+
+
+for how in ("pickle", "deepcopy"):
+    add(
+        f"copies.no_states_after_{how}",
+        "a bridge that was copied, and its copy, give no hidden states any more",
+        "output_hidden_states=True before and after",
+        f"copies.{how}",
+        compatibility,
+        "forget_output_recorders",
+        _forgetting,
+    )
+
+
+@of_point("copies.one_name", "a copied hook with alias_names")
+def _(original: Any) -> Any:
+    """A hook that goes by several names goes by its hook point's own in a copy."""
+
+    def take_over(self: Any, dir: str, handles: list[Any], hooks: dict[int, Any]) -> None:
+        for handle in handles:
+            handle.alias_names = None
+        original(self, dir, handles, hooks)
+
+    return take_over
+
+
+@of_point("copies.taken_off_back", "a hook that PyTorch's handle took off before the copying")
+def _(original: Any) -> Any:
+    """A hook that its handle has taken off is on a copy again."""
+
+    def take_over(self: Any, dir: str, handles: list[Any], hooks: dict[int, Any]) -> None:
+        gone = [handle for handle in handles if handle.hook.id not in hooks]
+        original(self, dir, handles, hooks)
+        for handle in gone:
+            self.add_hook(handle.user_hook, dir, alias_names=handle.alias_names)
+
+    return take_over
+
+
+@mutant(
+    "alive.no_attentions_processed",
+    "output_attentions=True in compatibility mode",
+    "alive.output_attentions",
+    OlmoTransformerBridge,
+    "enable_compatibility_mode",
+)
+def _(original: Any) -> Any:
+    """In compatibility mode output_attentions=True gives no layer's pattern."""
+
+    def enable(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        for block in self.blocks:
+            given = block.attn.hook_pattern.forward
+            block.attn.hook_pattern.forward = partial(_unseen, given)
+
+    return enable
+
+
+def _unseen(given: Any, pattern: Any) -> Any:
+    """Pass a pattern on while nobody collects any."""
+    collected = output_capturing._active_collector.get()  # type: ignore[no-untyped-call]
+    if collected is not None:
+        collected.pop("attentions", None)
+    return given(pattern)
