@@ -112,14 +112,14 @@ def deepcopy(adapter: Adapter, case: Case) -> Iterator[Gap]:
     truth = reference(case.model)
     due = None if drawing(case)(4) else record(original, truth, case, "hidden_states")
     late = _copied_late(original, case)
-    for name, subject in (("the original", original), ("its copy", late)):
-        yield from () if due is None else _recorded_gaps(due, subject, truth, case, name)
     with at_work("copying a bridge together with its optimizer"):
         pair = original.bridge, torch.optim.SGD(original.bridge.parameters())
         twin, optimizer = copy.deepcopy(pair)
     steps = [id(each) for each in optimizer.param_groups[0]["params"]]
     if steps != [id(each) for each in twin.parameters()]:
         yield Gap("copied together", "contract", "the optimizer trains other tensors")
+    for name, subject in (("the original", original), ("its copy", late)):
+        yield from () if due is None else _recorded_gaps(due, subject, truth, case, name)
     crossed: list[str] = []
     for name, point in original.bridge.hook_dict.items():
         point.add_hook(lambda tensor, hook, name=name: crossed.append(name))
