@@ -79,9 +79,8 @@ def _found(directory: Path) -> dict[str, list[int]] | None:
     if not isinstance(places, dict):
         raise CheckpointError(f"{directory / INDEX}: has no weight_map")
     headers = {name: _header(directory / name) for name in sorted(set(places.values()))}
-    return {
-        tensor: headers[name][tensor] for tensor, name in places.items() if tensor in headers[name]
-    }
+    # All that is in the files is loaded, whatever the index says of where.
+    return {tensor: shape for header in headers.values() for tensor, shape in header.items()}
 
 
 def _header(path: Path) -> dict[str, list[int]]:

@@ -9,7 +9,15 @@ import torch
 from transformer_lens.hook_points import HookPoint
 
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import blaming, bridge_of, exact_gaps, in_one_forward, turn
+from conformance.checks.support import (
+    blaming,
+    bridge_of,
+    drawing,
+    exact_gaps,
+    in_one_forward,
+    quiet,
+    turn,
+)
 from conformance.compare import Gap, bitwise
 from conformance.inputs import inputs
 from conformance.observe import arguments, started
@@ -72,7 +80,7 @@ def advertised(adapter: Adapter, case: Case) -> Iterator[Gap]:
 @check(
     "alive.output_attentions",
     "output_attentions=True returns every layer's pattern, Hugging Face's own, dropout, gradient "
-    "and all, as the hooks of hook_pattern have left it.",
+    "and all, as the hooks of hook_pattern have left it, in compatibility mode too.",
     cases,
     examples=0.3,
 )
@@ -90,9 +98,29 @@ def output_attentions(adapter: Adapter, case: Case) -> Iterator[Gap]:
         return tensor * 0.5
 
     with bridge.hooks(fwd_hooks=[(f"blocks.{block}.attn.hook_pattern", halve)]):
-        edited = _record(subject, truth, case, "attentions")
+        edited = record(subject, truth, case, "attentions")
     due = expected[block].detach() * 0.5
     yield from bitwise(f"attentions[{block}], edited", due, edited[block].detach())
+    if drawing(case)(3) == 0:
+        yield from _processed_gaps(truth, subject, case)
+
+
+def _processed_gaps(truth: Subject, subject: Subject, case: Case) -> Iterator[Gap]:
+    """In compatibility mode the attentions are what hook_pattern shows there, of every layer."""
+    bridge = bridge_of(subject)
+    shown: dict[str, torch.Tensor] = {}
+    with at_work("enable_compatibility_mode"), quiet():
+        bridge.enable_compatibility_mode(disable_warnings=True, fold_value_biases=False)
+
+    def show(tensor: torch.Tensor, hook: HookPoint) -> None:
+        shown[str(hook.name)] = tensor.detach()
+
+    names = [f"blocks.{block}.attn.hook_pattern" for block in range(len(bridge.blocks))]
+    with bridge.hooks(fwd_hooks=[(name, show) for name in names]):
+        given = record(subject, truth, case, "attentions")
+    got = dict(zip(names, (tensor.detach() for tensor in given), strict=False))
+    for gap in exact_gaps(shown, got):
+        yield replace(gap, site=f"attentions in compatibility mode: {gap.site}")
 
 
 @check(
@@ -116,13 +144,13 @@ def hidden_states(adapter: Adapter, case: Case) -> Iterator[Gap]:
         return left[-1]
 
     with bridge_of(subject).hooks(fwd_hooks=[(f"blocks.{block}.hook_out", halve)]):
-        edited = _record(subject, truth, case, "hidden_states")
+        edited = record(subject, truth, case, "hidden_states")
     if block + 2 < len(expected):  # what follows the last block is shown after ln_final
         (due,) = left
         yield from bitwise(f"hidden_states[{block + 1}], edited", due, edited[block + 1].detach())
 
 
-def _record(asked: Subject, truth: Subject, case: Case, name: str) -> list[torch.Tensor]:
+def record(asked: Subject, truth: Subject, case: Case, name: str) -> list[torch.Tensor]:
     """What Hugging Face's call returns under a name where it is asked for it."""
     given = {**arguments(truth, case), f"output_{name}": True}
     with started(asked, case), blaming(asked, f"output_{name}=True"):
@@ -133,7 +161,7 @@ def _recorded(
     truth: Subject, subject: Subject, case: Case, name: str
 ) -> Generator[Gap, None, list[torch.Tensor]]:
     """The gaps of a record and its gradient; returns the reference's, or none if numbers differ."""
-    expected, actual = (_record(asked, truth, case, name) for asked in (truth, subject))
+    expected, actual = (record(asked, truth, case, name) for asked in (truth, subject))
     if len(actual) != len(expected):
         yield Gap(name, "count", f"{len(actual)} layers instead of {len(expected)}")
         return []

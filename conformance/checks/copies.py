@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 from hypothesis import strategies as st
 from transformer_lens.hook_points import HookPoint
 
+from conformance.checks.alive import record
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import (
@@ -66,6 +68,16 @@ def _state_gaps(due: dict[str, object], bridge: Any, label: str) -> Iterator[Gap
             yield Gap(f"{label}: {name}", "contract", f"{now!r:.60} instead of {was!r:.60}")
 
 
+def _recorded_gaps(
+    due: list[torch.Tensor], subject: Subject, truth: Subject, case: Case, label: str
+) -> Iterator[Gap]:
+    """What a bridge gives where hidden states are asked for, and gave before it was copied."""
+    got = record(subject, truth, case, "hidden_states")
+    numbered = (dict(zip(map(str, range(len(each))), each, strict=True)) for each in (due, got))
+    for gap in exact_gaps(*numbered):
+        yield replace(gap, site=f"{label}: hidden_states[{gap.site}]")
+
+
 def _copied_late(subject: Subject, case: Case) -> Subject:
     """A copy made after a forward, or in the midst of one that keeps a graph, by a hook."""
     draw = drawing(case)
@@ -85,7 +97,7 @@ def _copied_late(subject: Subject, case: Case) -> Subject:
 @check(
     "copies.deepcopy",
     "copy.deepcopy of a bridge, before, in and after forwards, is an independent bridge: values, "
-    "gradients, hooks, flags and weights never cross over.",
+    "gradients, hooks, flags and weights never cross over, and both go on to give hidden states.",
     cases,
     examples=0.45,
 )
@@ -97,6 +109,8 @@ def deepcopy(adapter: Adapter, case: Case) -> Iterator[Gap]:
     assert original.bridge is not None
     yield from _state_gaps(_state(original.bridge), early.bridge, "copied before a forward")
     observe(original, case)
+    truth = reference(case.model)
+    due = None if drawing(case)(4) else record(original, truth, case, "hidden_states")
     late = _copied_late(original, case)
     with at_work("copying a bridge together with its optimizer"):
         pair = original.bridge, torch.optim.SGD(original.bridge.parameters())
@@ -104,6 +118,8 @@ def deepcopy(adapter: Adapter, case: Case) -> Iterator[Gap]:
     steps = [id(each) for each in optimizer.param_groups[0]["params"]]
     if steps != [id(each) for each in twin.parameters()]:
         yield Gap("copied together", "contract", "the optimizer trains other tensors")
+    for name, subject in (("the original", original), ("its copy", late)):
+        yield from () if due is None else _recorded_gaps(due, subject, truth, case, name)
     crossed: list[str] = []
     for name, point in original.bridge.hook_dict.items():
         point.add_hook(lambda tensor, hook, name=name: crossed.append(name))
@@ -113,7 +129,6 @@ def deepcopy(adapter: Adapter, case: Case) -> Iterator[Gap]:
     with torch.no_grad():
         for parameter in original.parameters.values():
             parameter.mul_(2)
-    truth = reference(case.model)
     wanted = sites_of(original, case)
     expected = observe(truth, case, sites=wanted)
     for name, subject in (("copied before a forward", early), ("copied in or after one", late)):
@@ -134,6 +149,30 @@ def deepcopy(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield Gap("gradients", "contract", "a backward of the copy reached the original")
 
 
+NAMES = ["one name", "another"]
+
+
+def _add_uncommon(point: HookPoint) -> list[str]:
+    """Put on a hook that goes by two names, and one that PyTorch's own handle takes off again.
+
+    Returns:
+        Where both write down what they are called by.
+    """
+    heard: list[str] = []
+
+    def hear(tensor: torch.Tensor, hook: HookPoint) -> None:
+        heard.append(str(hook.name))
+
+    if "alias_names" in inspect.signature(point.add_hook).parameters:
+        point.add_hook(hear, alias_names=NAMES)
+    else:
+        for name in NAMES:
+            point.add_hook(lambda tensor, hook, name=name: heard.append(name))
+    point.add_hook(hear)
+    point.fwd_hooks[-1].hook.remove()
+    return heard
+
+
 def _calls(subject: Subject) -> int:
     """What the hooks of `hooked_copy` have counted in ``hook.ctx``."""
     return sum(point.ctx.get("calls", 0) for point in hook_points(subject).values())
@@ -143,7 +182,7 @@ def _calls(subject: Subject) -> int:
     "copies.hooked",
     "Hooks that are on a bridge when it is copied by copy.deepcopy are on the copy as well, where "
     "they fire and change what they do on the original, and on a copy of that; they come off each "
-    "alone, and what they keep in hook.ctx is kept by each alone.",
+    "alone, go by the same names, and what they keep in hook.ctx is kept by each alone.",
     cases,
     examples=0.2,
 )
@@ -179,10 +218,12 @@ def hooked_copy(adapter: Adapter, case: Case) -> Iterator[Gap]:
             put(name, "bwd", lambda gradient: None, bool(draw(2)))
         put(edited, "fwd", lambda tensor: -tensor, lasting)
         put(edited, "fwd", lambda tensor: tensor + 1, lasting)
+        heard = _add_uncommon(hook_points(original)[edited])
 
     def shown(subject: Subject) -> tuple[torch.Tensor, list[str]]:
         fired.clear()
         looked.clear()
+        heard.clear()
         logits, _ = forward_as_it_is(subject, case)
         with at_work("a backward"):
             logits.sum().backward()  # type: ignore[no-untyped-call]
@@ -219,6 +260,8 @@ def hooked_copy(adapter: Adapter, case: Case) -> Iterator[Gap]:
                     yield Gap(f"{label}: hook.ctx", "contract", told)
             yield from labelled(label, compare_firing(wanted, met))
             yield from labelled(label, bitwise("logits", due, got))
+            names = NAMES if left[name][1] is order else []
+            yield from labelled(f"{label}: a hook of two names", compare_firing(names, heard))
             if len(looked) != 1:
                 yield Gap(label, "count", f"a plain PyTorch hook fired {len(looked)} times")
 
@@ -226,7 +269,7 @@ def hooked_copy(adapter: Adapter, case: Case) -> Iterator[Gap]:
 @check(
     "copies.pickle",
     "Pickling and torch.save of a bridge give an equal bridge, with its flags, its mode, its ties "
-    "and what is frozen, or refuse with one clear error.",
+    "and what is frozen, or refuse with one clear error; hidden states are given as before.",
     lambda: cases(models=model_specs(ties=st.sampled_from((False, True)))),
     examples=0.1,
 )
@@ -241,7 +284,9 @@ def pickled(adapter: Adapter, case: Case) -> Iterator[Gap]:
     expected = observe(subject, case, backward=False)
     for parameter in subject.parameters.values():
         parameter.requires_grad_(bool(draw(2)))
-    bridge_of(subject).train(bool(draw(2)))
+    mode, truth, subjects = bool(draw(2)), reference(case.model), {"the original": subject}
+    states = record(subject, truth, case, "hidden_states") if draw(3) else None
+    bridge_of(subject).train(mode)
     due = _state(subject.bridge)
     for name in ("pickle", "torch.save"):
         kept = io.BytesIO()
@@ -263,6 +308,9 @@ def pickled(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield from _state_gaps(due, bridge, name)
         loaded = replace(subject, bridge=bridge, model=bridge.original_model, parameters={})
         yield from logits_gap(expected, observe(loaded, case, backward=False), f"{name}: logits")
+        subjects[name] = loaded
+    for name, each in subjects.items():
+        yield from () if states is None else _recorded_gaps(states, each, truth, case, name)
 
 
 @check(

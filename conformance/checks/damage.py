@@ -16,6 +16,23 @@ INDEX = "model.safetensors.index.json"
 Fault = Callable[[Path], str]
 
 
+def renamed(directory: Path, change: Callable[[str], str]) -> None:
+    """Give the tensors of a directory's one weights file other names."""
+    path = directory / "model.safetensors"
+    tensors = {change(name): tensor for name, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def misplaced(directory: Path) -> None:
+    """Have the index say wrongly which shard a tensor is in, and name one that is nowhere."""
+    path = directory / INDEX
+    index = json.loads(path.read_text())
+    first, *_, last = sorted(set(index["weight_map"].values()))
+    places = {name: last if file == first else file for name, file in index["weight_map"].items()}
+    index["weight_map"] = {**places, "model.nowhere": first}
+    path.write_text(json.dumps(index))
+
+
 def _shard(directory: Path) -> Path:
     return sorted(directory.glob("model-*.safetensors"))[-1]
 
@@ -65,6 +82,12 @@ def _no_weights(directory: Path) -> str:
     return directory.name
 
 
+def _no_places(directory: Path) -> str:
+    path = directory / INDEX
+    path.write_text(json.dumps({"metadata": json.loads(path.read_text())["metadata"]}))
+    return path.name
+
+
 def _no_shard(directory: Path) -> str:
     path = _shard(directory)
     path.unlink()
@@ -107,10 +130,12 @@ FAULTS: dict[str, Fault] = {
     "another model_type": _other_type,
     "no weights": _no_weights,
     "the index is cut": _broken(INDEX),
+    "the index has no weight_map": _no_places,
     "a shard is missing": _no_shard,
     "a shard is empty": _cut(lambda content: b""),
     "a shard's header is cut": _cut(lambda content: content[:40]),
     "a shard's end is cut": _cut(lambda content: content[:-2]),
+    "a shard has bytes too many": _cut(lambda content: content + b"\0\0"),
     "a shard is a pointer": _cut(lambda content: b"version https://git-lfs.github.com/spec/v1\n"),
     "a tensor is missing": _rewritten(lambda tensors, name: tensors.pop(name)),
     "a tensor has another shape": _rewritten(
@@ -118,4 +143,5 @@ FAULTS: dict[str, Fault] = {
     ),
     "no tokenizer": _no_tokenizer,
     "tokenizer.json is cut": _broken("tokenizer.json"),
+    "tokenizer_config.json is cut": _broken("tokenizer_config.json"),
 }

@@ -16,7 +16,7 @@ from hypothesis.strategies import SearchStrategy
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import OlmoForCausalLM
 
-from conformance.checks.damage import FAULTS
+from conformance.checks.damage import FAULTS, misplaced, renamed
 from conformance.checks.forward import logits_gap
 from conformance.checks.registry import Adapter, check
 from conformance.checks.support import quiet, registry
@@ -28,14 +28,20 @@ from conformance.strategies import GEOMETRIES, cases, model_specs, on_trained
 from conformance.subjects import ARCHITECTURE, Subject, at_work, hf_model
 from conformance.tolerance import exactly
 
-LAYOUTS = ("one file", "shards", "snapshot")
+LAYOUTS = ("one file", "shards", "snapshot", "shards elsewhere")
+TIED_LAYOUTS = (*LAYOUTS, *3 * ("below the head", "the head alone"))
 SHARD = 32  # bytes: a file for each tensor, also of the smallest drawn model
-FAULTS_A_CASE = 4
+FAULTS_A_CASE = 5
+_EMBEDDING = "model.embed_tokens.weight"
 
 
 def saved_cases(geometries: SearchStrategy[str] = GEOMETRIES) -> SearchStrategy[Case]:
     """Cases that Hugging Face can save: it knows all biases or none. A quarter are trained."""
-    models = model_specs(biases=st.sampled_from(((), PROJECTIONS)), geometries=geometries)
+    models = model_specs(
+        biases=st.sampled_from(((), PROJECTIONS)),
+        geometries=geometries,
+        ties=st.sampled_from((False, True, True)),
+    )
     trained = st.sampled_from((False, False, False, True))
     drawn = cases(models=models)
     return st.builds(lambda case, on: on_trained(case) if on else case, drawn, trained)
@@ -49,14 +55,22 @@ def common_cases() -> SearchStrategy[Case]:
 def save(case: Case, home: Path, layout: str) -> Path:
     """Put a case's model and the tokenizer on disk; returns the directory to load from.
 
-    A snapshot is laid out as in the cache of the model hub: links into a folder of blobs.
+    A snapshot is laid out as in the cache of the model hub: links into a folder of blobs. Shards
+    elsewhere are not where the index says. A tied model may have been saved below its head, or
+    have its one matrix under the head's name alone.
     """
     directory = home / "olmo"
-    size = "1GB" if layout == "one file" else SHARD
+    size = SHARD if layout in ("snapshot", "shards", "shards elsewhere") else "1GB"
     with quiet():
         hf_model(case.model).save_pretrained(directory, max_shard_size=size)
     for path in TRAINED.glob("tokenizer*.json"):
         shutil.copy(path, directory)
+    if layout == "shards elsewhere":
+        misplaced(directory)
+    elif layout == "below the head":
+        renamed(directory, lambda name: name.removeprefix("model."))
+    elif layout == "the head alone":
+        renamed(directory, lambda name: {_EMBEDDING: "lm_head.weight"}.get(name, name))
     if layout != "snapshot":
         return directory
     snapshot = home / "models--conformance--olmo" / "snapshots" / "0123456789abcdef"
@@ -86,7 +100,8 @@ def _frequencies(model: torch.nn.Module) -> torch.Tensor:
     "loading.by_name",
     "boot_transformers of a directory gives a bridge with the weights, logits and gradients of "
     "Hugging Face's model of that directory, in the dtype and with the clip that are asked for: "
-    "tied or not, in one file, in shards or in a snapshot of links.",
+    "tied or not, in one file, in shards, wherever the index says they are, or in a snapshot of "
+    "links; a tied one also if it was saved below its head, or under the head's name alone.",
     saved_cases,
     examples=0.5,
 )
@@ -95,7 +110,8 @@ def by_name(adapter: Adapter, case: Case) -> Iterator[Gap]:
     padding = "none" if case.run.padding == "none" else "right"  # a row may be all float64 can bear
     case = replace(case, run=replace(case.run, padding=padding, chunks=1))
     pick = Random(case.run.token_seed)
-    layout, asked = pick.choice(LAYOUTS), pick.choice((None, *DTYPES))
+    layouts = TIED_LAYOUTS if case.model.tie_word_embeddings else LAYOUTS
+    layout, asked = pick.choice(layouts), pick.choice((None, *DTYPES))
     dtype = getattr(torch, asked or "float32")
     named: dict[str, Any] = {} if asked is None else {"dtype": dtype}
     over: dict[str, Any] = {}

@@ -1,11 +1,11 @@
-"""The patch on whatever looks like an OLMo: without a clip, in other modes, in other threads."""
+"""The patch without a clip, in other modes, in other threads."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +17,11 @@ from torch import nn
 from conformance.checks.forward import logits_gap
 from conformance.checks.patch import left_over
 from conformance.checks.registry import Adapter, check
-from conformance.checks.support import exact_gaps, has_exact, needs_patch
-from conformance.compare import Gap
+from conformance.checks.support import drawing, exact_gaps, has_exact, needs_patch
+from conformance.checks.within import EVENTS
+from conformance.compare import Gap, labelled
 from conformance.inputs import inputs
 from conformance.observe import observe
-from conformance.points import OnPurposeError
 from conformance.spec import Case
 from conformance.strategies import cases, clipped_cases, model_specs
 from conformance.subjects import (
@@ -47,7 +47,8 @@ def _attributes(model: Any) -> dict[str, Any]:
     }
 
 
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The names of what is another object than before, or there on one side only."""
     absent = object()
     names = before | after
     return sorted(n for n in names if before.get(n, absent) is not after.get(n, absent))
@@ -87,21 +88,25 @@ def no_clip(adapter: Adapter, case: Case) -> Iterator[Gap]:
             except Exception as error:
                 told = f"{type(error).__name__}: {error}"
                 yield Gap(f"prepare_model({mode or ''}) of {name}", "contract", told)
-    for name in _changed(before, _attributes(model)):
+    for name in changed(before, _attributes(model)):
         yield Gap(name, "contract", "was changed, though there is no clip")
     subject = Subject(model, dict(model.named_parameters()))
     expected = observe(reference(case.model), case, backward=False)
     yield from logits_gap(expected, observe(subject, case, backward=False))
 
 
-def _trouble(*_: object) -> None:
-    raise OnPurposeError
+def _wrapped(attention: Any) -> Any:
+    """What somebody else, who wraps forwards, has put before an attention's."""
+    attention.forward = partial(attention.forward)
+    return attention.forward
 
 
 @check(
     "patch.modes",
-    "However often and in whatever mode a model is patched, the last mode counts, also after an "
-    "exception inside of an attention; unpatch_model then gives back the very model that was.",
+    "However often and in whatever mode a model is patched, the last mode counts, whoever wraps a "
+    "forward before or in between, and whatever a hook does inside of an attention: fail, run or "
+    "copy the model, or change its configuration; unpatch_model then gives back the very model "
+    "that was.",
     clipped_cases,
     examples=0.3,
 )
@@ -116,29 +121,37 @@ def modes(adapter: Adapter, case: Case) -> Iterator[Gap]:
     model = hf_model(case.model)
     model.train(case.run.training)
     made: Any = make_adapter(adapter, model)
+    draw, attention = drawing(case), model.model.layers[-1].self_attn
+    early, late = (_wrapped(attention) if draw(2) else None), None
     subject, before = Subject(model, dict(model.named_parameters())), _attributes(model)
     drawn = [bool(case.run.token_seed >> turn & 1) for turn in range(3)]
 
     def again(exact: bool, name: str) -> Iterator[Gap]:
         with at_work(f"prepare_model, exact_clip={exact}"):
             made.prepare_model(model, exact_clip=exact)
-        handle = model.model.layers[-1].self_attn.o_proj.register_forward_pre_hook(_trouble)
-        with suppress(OnPurposeError):
-            model(torch.zeros((1, 1), dtype=torch.long))
-        handle.remove()
+        happens = EVENTS[draw(len(EVENTS))]
+        with at_work(f"an attention within which a hook did: {happens.__doc__}"):
+            told = f"exact_clip={exact} {name}"
+            yield from labelled(told, happens(subject, case, expected[exact]))
         actual = observe(subject, case, backward=False)
         yield from logits_gap(expected[exact], actual, f"logits, exact_clip={exact} {name}")
         yield from left_over(subject, case)
 
     for turn, exact in enumerate(drawn):
         yield from again(exact, f"after {drawn[:turn]}")
+        late = _wrapped(attention) if turn == 0 and draw(2) else late
     undo = unpatcher(adapter)
     if undo is None:
         return
     for times in ("once", "twice"):
         with at_work("unpatch_model"):
             undo(model)
-        for name in _changed(before, _attributes(model)):
+        if late is not None:
+            if vars(attention).pop("forward", None) is not late:
+                yield Gap("forward", "contract", "has been wrapped since, and the wrapper is gone")
+            vars(attention).update({} if early is None else {"forward": early})
+            late = None
+        for name in changed(before, _attributes(model)):
             yield Gap(name, "contract", f"not what it was, unpatched {times}")
         actual = observe(subject, case, backward=False)
         yield from logits_gap(expected[True], actual, f"logits, unpatched {times}")
@@ -207,99 +220,3 @@ def threads(adapter: Adapter, case: Case) -> Iterator[Gap]:
         {name: found[turn] for turn, name in names.items()},
     )
     yield from left_over(subject, case)
-
-
-class _Projection:
-    """Doubles what it is given, and keeps what it gave."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        self.gave = x * 2
-        return self.gave
-
-
-class _Attention:
-    """An attention of nobody's library, which clamps as OLMo's does."""
-
-    def __init__(self, config: Any, letters: str) -> None:
-        self.config = config
-        for letter in letters:
-            setattr(self, f"{letter}_proj", _Projection())
-
-    def forward(self, hidden: torch.Tensor, *, note: str) -> tuple[Any, ...]:
-        projections = [getattr(self, f"{letter}_proj", _Projection()) for letter in "qkv"]
-        given = [projection(hidden) for projection in projections]
-        clip = self.config.clip_qkv
-        for tensor in given if clip is not None else ():
-            tensor.clamp_(min=-clip, max=clip)
-        return (*given, clip, note)
-
-
-@check(
-    "patch.duck_typed",
-    "Whatever has config.clip_qkv and model.layers[i].self_attn is patched, in either mode; an "
-    "exact mode without q_proj, k_proj and v_proj is refused before anything is touched.",
-    clipped_cases,
-    examples=0.1,
-)
-def duck_typed(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """Plain objects with three layers, of which the last lacks one projection at the end."""
-    needs_patch(adapter)
-    made: Any = make_adapter(adapter, hf_model(case.model))
-    clip = case.model.clip_qkv
-    config = SimpleNamespace(clip_qkv=clip)
-
-    def duck(*letters: str) -> tuple[Any, list[_Attention]]:
-        attentions = [_Attention(config, each) for each in letters]
-        layers = [SimpleNamespace(self_attn=each) for each in attentions]
-        return SimpleNamespace(config=config, model=SimpleNamespace(layers=layers)), attentions
-
-    draw = torch.Generator().manual_seed(case.run.token_seed)
-    # Half of it is clamped: as large as the clip before it is doubled.
-    hidden = torch.randn((2, 3), generator=draw) * (clip or 1.0)
-    plain = hidden * 2
-    for exact in (False, True) if has_exact(adapter) else (False,):
-        model, attentions = duck("qkv", "qkv", "qkv")
-        before = [dict(vars(each)) for each in attentions]
-        with at_work(f"prepare_model of what only looks like an OLMo, exact_clip={exact}"):
-            made.prepare_model(model, **({"exact_clip": True} if exact else {}))
-            made.prepare_model(model, **({"exact_clip": True} if exact else {}))
-            given = [each.forward(hidden, note="kept") for each in attentions]
-        due = plain.clamp(-clip, clip) if exact and clip is not None else plain
-        for index, (*tensors, seen, note) in enumerate(given):
-            name = f"layers[{index}].self_attn, exact_clip={exact}"
-            yield from exact_gaps(
-                {f"{name}: {letter}": due for letter in "qkv"},
-                {f"{name}: {letter}": each for letter, each in zip("qkv", tensors, strict=True)},
-            )
-            kept = {x: getattr(attentions[index], f"{x}_proj").gave for x in "qkv"}
-            yield from exact_gaps(
-                {f"{name}: what {x}_proj gave": plain for x in "qkv"},
-                {f"{name}: what {x}_proj gave": each for x, each in kept.items()},
-            )
-            if (seen, note) != (clip if exact else None, "kept"):
-                yield Gap(name, "contract", f"was called with {note!r}, saw the clip {seen}")
-        if config.clip_qkv != clip:
-            yield Gap("config.clip_qkv", "contract", f"now says {config.clip_qkv}")
-        undo = unpatcher(adapter)
-        if undo is not None:
-            with at_work("unpatch_model"):
-                undo(model)
-            for index, attention in enumerate(attentions):
-                for name in _changed(before[index], dict(vars(attention))):
-                    yield Gap(f"layers[{index}].self_attn.{name}", "contract", "not what it was")
-    if has_exact(adapter):
-        yield from _refused(made, *duck("qkv", "qkv", "qk"))
-
-
-def _refused(made: Any, model: Any, attentions: list[_Attention]) -> Iterator[Gap]:
-    before = [dict(vars(each)) for each in attentions]
-    try:
-        made.prepare_model(model, exact_clip=True)
-    except Exception as error:
-        if "v_proj" not in str(error):
-            yield Gap("without v_proj", "contract", f"the error does not name it: {error}")
-    else:
-        yield Gap("without v_proj", "contract", "is not refused")
-    for index, attention in enumerate(attentions):
-        for name in _changed(before[index], dict(vars(attention))):
-            yield Gap(f"layers[{index}].self_attn.{name}", "contract", "was touched, then refused")

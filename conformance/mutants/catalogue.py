@@ -63,11 +63,17 @@ CRASHES = {
     "deep.still_stops",
     "frozen.overflown",  # the same NaN, not equal to itself, looks like another edit's
     "interventions.viewed",  # an expanded tensor has less memory than its strides say
+    "loading.believes_the_index",
+    "loading.embedding_wanted",
+    "loading.prefix_wanted",
     "machine.not_pickled_again",
     "machine.shared_by_copies",
     "nested.first_norm",  # what heads and what projections read then differs, as after two edits
     "nested.threads",  # so here
+    "patch.deep_stand_in",
     "patch.no_clone",
+    "patch.without_layers",
+    "patch.without_model_model_layers",
     "recompute.flags_of_today",  # as the next one
     "recompute.forgotten",  # PyTorch notices where an edit has saved another number of tensors
     "state.biases_required",
