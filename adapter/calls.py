@@ -83,6 +83,10 @@ class OlmoCalls(TransformerBridge):
             **{name: value for name, value in optional.items() if value is not None},
             **generation_kwargs,
         }
+        if isinstance(input, str) and self.tokenizer is not None:
+            # Nothing of one text is padding: left out, its ENDs might be, as ``pad_token_id``.
+            tokens = self.tokenizer(input, return_tensors="pt")["input_ids"]
+            asked.setdefault("attention_mask", torch.ones_like(tokens).to(self.cfg.device))
         if not isinstance(input, torch.Tensor):
             return super().hf_generate(
                 input,
