@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 
 from adapter import calls, text
 from adapter.calls import OlmoCalls
@@ -97,3 +98,21 @@ def _(original: Any) -> Any:
         return original(self, input, *args, **named)
 
     return hf_generate
+
+
+@mutant(
+    "given.names_by_position",
+    "names_filter by position",
+    "firing.refused",
+    OlmoTransformerBridge,
+    "run_with_cache",
+)
+def _(original: Any) -> Any:
+    """run_with_cache refuses a gated name only where it is given as names_filter."""
+
+    def run(self: Any, *args: Any, **named: Any) -> Any:
+        return (original if "names_filter" in named else TransformerBridge.run_with_cache)(
+            self, *args, **named
+        )
+
+    return run
