@@ -102,6 +102,9 @@ def test_hf_generate_finds_the_models_padding_whatever_the_tokenizers_end() -> N
             theirs = {**asked, "eos_token_id": ends or end, "pad_token_id": end}
             expected = reference.generate(padded, attention_mask=mask, **theirs)
             assert same(bridge.hf_generate(padded, **asked), expected)
+    bridge._tokenizer = SimpleNamespace(eos_token_id=int(TOKENS[0, 0]))  # no padding, though a pad
+    due = reference.generate(TOKENS, eos_token_id=0, **GREEDY)
+    assert same(bridge.hf_generate(TOKENS, eos_token_id=0, **GREEDY), due)
     ones = reference.generate(padded, attention_mask=torch.ones_like(LEFT), **GREEDY)
     assert not same(reference.generate(padded, **GREEDY), ones)
 

@@ -116,3 +116,49 @@ def _(original: Any) -> Any:
         )
 
     return run
+
+
+def _of_tokens(change: Callable[[Any, dict[str, Any]], None]) -> Any:
+    """hf_generate of tokens, of a bridge with a tokenizer, takes its options as changed."""
+
+    def make(original: Any) -> Any:
+        def hf_generate(self: Any, input: Any, *args: Any, **named: Any) -> Any:
+            if self.tokenizer is not None:
+                change(self, named)
+            return original(self, input, *args, **named)
+
+        return hf_generate
+
+    return make
+
+
+def _its_end(self: Any, named: dict[str, Any]) -> None:
+    named.pop("eos_token_id", None)
+
+
+def _its_pad(self: Any, named: dict[str, Any]) -> None:
+    named["pad_token_id"] = self.tokenizer.eos_token_id
+
+
+for name, breaks, trigger, change in (
+    ("end_of_tokens", "the tokenizer's end is taken for an eos_token_id", "eos_token_id", _its_end),
+    ("pad_token", "the tokenizer's end is taken for a pad_token_id", "pad_token_id", _its_pad),
+    (
+        "padding_of_the_model",
+        "the model's padding is forgotten over the tokenizer's end",
+        "a prompt with the model's pad",
+        lambda self, named: named.setdefault("pad_token_id", self.tokenizer.eos_token_id),
+    ),
+):
+    made = _of_tokens(change)
+    add(f"given.{name}", breaks, trigger, "sampling.hugging_face", OlmoCalls, "hf_generate", made)
+
+
+def _without(record: str) -> Callable[[Any], Any]:
+    return lambda records: tuple(name for name in records if name != record)
+
+
+for record in calls._WANTS_A_RECORD:
+    breaks, trigger = f"{record} alone asks for no record", f"{record} without another record"
+    check, made = "sampling.hugging_face", _without(record)
+    add(f"given.{record}", breaks, trigger, check, calls, "_WANTS_A_RECORD", made)
