@@ -83,6 +83,10 @@ class OlmoCalls(TransformerBridge):
             **{name: value for name, value in optional.items() if value is not None},
             **generation_kwargs,
         }
+        if isinstance(input, str) and self.tokenizer is not None:
+            # Nothing of one text is padding: left out, its ENDs might be, as ``pad_token_id``.
+            tokens = self.tokenizer(input, return_tensors="pt")["input_ids"]
+            asked.setdefault("attention_mask", torch.ones_like(tokens).to(self.cfg.device))
         if not isinstance(input, torch.Tensor):
             return super().hf_generate(
                 input,
@@ -100,10 +104,11 @@ class OlmoCalls(TransformerBridge):
             asked["eos_token_id"] = end if eos_token_id is None else eos_token_id
         if end is not None and "pad_token_id" not in asked:
             asked["pad_token_id"] = end
-            # By that number Hugging Face would no longer find the model's own padding.
+            # By that number Hugging Face would look for other padding than the model's own.
             pad = model.generation_config.pad_token_id
-            if pad is not None and pad not in _numbers(asked.get("eos_token_id")):
-                asked.setdefault("attention_mask", (input != pad).long())
+            none = pad is None or pad in _numbers(asked.get("eos_token_id"))
+            mask = torch.ones_like(input) if none else input != pad
+            asked.setdefault("attention_mask", mask.long())
         if any(asked.get(name) for name in _WANTS_A_RECORD):
             asked.setdefault("return_dict_in_generate", True)
         with torch.no_grad():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BatchFeature
 
 from adapter.tests import models
 from adapter.tests.models import GAP, LEFT, TOKENS, positions, same
@@ -101,6 +102,9 @@ def test_hf_generate_finds_the_models_padding_whatever_the_tokenizers_end() -> N
             theirs = {**asked, "eos_token_id": ends or end, "pad_token_id": end}
             expected = reference.generate(padded, attention_mask=mask, **theirs)
             assert same(bridge.hf_generate(padded, **asked), expected)
+    bridge._tokenizer = SimpleNamespace(eos_token_id=int(TOKENS[0, 0]))  # no padding, though a pad
+    due = reference.generate(TOKENS, eos_token_id=0, **GREEDY)
+    assert same(bridge.hf_generate(TOKENS, eos_token_id=0, **GREEDY), due)
     ones = reference.generate(padded, attention_mask=torch.ones_like(LEFT), **GREEDY)
     assert not same(reference.generate(padded, **GREEDY), ones)
 
@@ -198,3 +202,23 @@ def test_strings_go_the_way_of_transformer_lens() -> None:
     text = bridge.hf_generate("5 9 3 40", **GREEDY)
     expected = bridge.hf_generate(TOKENS[:1, :4], **GREEDY)[0].tolist()
     assert text == " ".join(map(str, expected))
+
+
+def test_hf_generate_of_one_text_takes_none_of_it_for_padding() -> None:
+    reference, bridge = models.pair()
+    tokens = torch.tensor([[3, 9, 3, 40]])
+
+    class Words:
+        eos_token_id = 3
+
+        def __call__(self, text: str, **_: Any) -> Any:
+            return BatchFeature({"input_ids": tokens})
+
+        def decode(self, made: torch.Tensor, **_: Any) -> str:
+            return str(made.tolist())
+
+    bridge._tokenizer = Words()
+    due = reference.generate(tokens, attention_mask=torch.ones_like(tokens), **GREEDY)
+    asked: tuple[dict[str, Any], ...] = ({"stop_at_eos": False}, {"eos_token_id": 63})
+    for options in asked:
+        assert bridge.hf_generate("3 9 3 40", **GREEDY, **options) == str(due[0].tolist())

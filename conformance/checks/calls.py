@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 
-from conformance.checks.caches import chunks_of, from_the_seed
+from conformance.checks.caches import Chunk, chunks_of, from_the_seed
 from conformance.checks.forked import edit_behind_flags, under_flags
 from conformance.checks.forward import logits_gap
 from conformance.checks.layernorm import wide_cases
@@ -74,8 +74,8 @@ def embedded_cases() -> SearchStrategy[Case]:
 @check(
     "calls.embeddings",
     "Embeddings in the place of tokens give the logits that they give Hugging Face's model, those "
-    "of their tokens if they are a text's, also where an edit is behind a flag, and the same "
-    "gradients, that of the embeddings too.",
+    "of their tokens if they are a text's, also where an edit is behind a flag or a cache before "
+    "them, and the same gradients, that of the embeddings too.",
     embedded_cases,
     examples=0.3,
 )
@@ -121,13 +121,39 @@ def embeddings(adapter: Adapter, case: Case) -> Iterator[Gap]:
     else:
         yield from bitwise("embeddings", theirs.grad, ours.grad, kind="gradient")
     yield from differing_gradients(taken_gradients(truth), got)
+    pick = drawing(case)
     if of_a_text:
-        flagged = under_flags(case, drawing(case))
+        flagged = under_flags(case, pick)
         turn(subject, flagged.run.flags, True)
         edit_behind_flags(subject, flagged)
         with torch.no_grad(), at_work(f"running under {flagged.run.flags}"):
             of_tokens, actual = run(subject, data.tokens), run(subject, given)
         yield from bitwise(f"logits under {flagged.run.flags}", of_tokens, actual)
+    elif case.run.seq_len > 1:
+        yield from _over_a_cache(case, given, 1 + pick(case.run.seq_len - 1), truth, subject)
+
+
+def _over_a_cache(
+    case: Case, given: torch.Tensor, start: int, truth: Subject, subject: Subject
+) -> Iterator[Gap]:
+    """The rest of ``given`` ``[batch, pos, d_model]``, behind tokens that a cache holds."""
+    first, rest = (Chunk(inputs(case), *ends) for ends in ((0, start), (start, case.run.seq_len)))
+
+    def logits(who: Subject) -> torch.Tensor:
+        def call(tokens: torch.Tensor, **named: Any) -> Any:
+            if who is truth:
+                return who.model(inputs_embeds=given[:, start:], **named).logits
+            return bridge_of(who)(given[:, start:], **named)
+
+        cache = DynamicCache(config=who.model.config)
+        with from_the_seed(case, who):
+            first.logits(who, cache)
+            found: torch.Tensor = rest.forward(who, cache, call)
+        return found
+
+    with at_work("embeddings over a cache"):
+        actual = logits(subject)
+    yield from bitwise("logits over a cache", logits(truth), actual)
 
 
 def single_rows() -> SearchStrategy[Case]:

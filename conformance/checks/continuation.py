@@ -14,6 +14,7 @@ from conformance.checks.script import (
     END,
     Script,
     decoded,
+    hidden,
     maskable,
     padded,
     same,
@@ -41,21 +42,22 @@ def _told(case: Case, *, repeats: bool = False) -> tuple[Script, Any]:
 
 
 def _continued(
-    case: Case, told: Script, tokenizer: Any, count: int
+    case: Case, told: Script, tokenizer: Any, count: int, **otherwise: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The prompt padded on the left, and Hugging Face's greedy continuation of it, prompt first."""
     given, mask = padded(told.rows(truncate=False), left=True)
     given = given.masked_fill(mask == 0, tokenizer.pad_token_id)
     truth: Any = reference(case.model).model
+    asked: dict[str, Any] = {
+        "attention_mask": mask,
+        "max_new_tokens": count,
+        "do_sample": False,
+        "eos_token_id": BOS,
+        "pad_token_id": BOS,  # transformer_lens fills a finished row with its END
+        **otherwise,
+    }
     with torch.no_grad():
-        made = truth.generate(
-            given,
-            attention_mask=mask,
-            max_new_tokens=count,
-            do_sample=False,
-            eos_token_id=BOS,
-            pad_token_id=BOS,  # transformer_lens fills a finished row with its END
-        )
+        made = truth.generate(given, **asked)
     return given, made
 
 
@@ -71,7 +73,8 @@ def _asked(told: Script, count: int) -> dict[str, Any]:
 @check(
     "continuation.generation",
     "Texts are continued as Hugging Face's generate continues them, token for token, alone or "
-    "together, with and without a cache; as strings they are decoded without special tokens.",
+    "together, with and without a cache, under a mask that is given, up to the ends of text that "
+    "hf_generate is given; as strings they are decoded without special tokens.",
     text_cases,
     examples=0.3,
 )
@@ -91,13 +94,23 @@ def generation(adapter: Adapter, case: Case) -> Iterator[Gap]:
         yield from same(
             "text", said[0] if len(said) == 1 else said, bridge.generate(texts, **asked)
         )
+    draw = drawing(case)
+    if case.run.batch > 1 and draw(4):
+        mask = hidden(padded(told.rows(truncate=False), left=True)[1], draw)
+        _, made = _continued(case, told, tokenizer, ROOM_TO_GENERATE, attention_mask=mask)
+        with at_work("generating from text under a mask"):
+            got = bridge.generate(texts, return_type="tokens", attention_mask=mask, **asked)
+        yield from same("tokens under a mask", made, got)
     if told.setup == "plain":
-        bare = replace(told, prepend=False)
+        bare, ends = replace(told, prepend=False), {}
         _, made = _continued(case, bare, tokenizer, ROOM_TO_GENERATE)
+        if draw(4):
+            ends["eos_token_id"] = int(made[0, draw(ROOM_TO_GENERATE) - ROOM_TO_GENERATE])
+            _, made = _continued(case, bare, tokenizer, ROOM_TO_GENERATE, **ends)
         said = [decoded(row, special=False) for row in made.tolist()]
         count = ROOM_TO_GENERATE
         with at_work("hf_generate from text"):
-            got = bridge.hf_generate(texts, max_new_tokens=count, do_sample=False)
+            got = bridge.hf_generate(texts, max_new_tokens=count, do_sample=False, **ends)
         yield from same("hf_generate", said[0] if len(said) == 1 else said, got)
 
 

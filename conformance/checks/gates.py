@@ -196,6 +196,7 @@ def _attempts(
         "hooks()": within,
         "run_with_hooks": lambda: bridge.run_with_hooks(tokens, **hooks),
         "run_with_cache": lambda: bridge.run_with_cache(tokens, names_filter=name),
+        "run_with_cache by position": lambda: bridge.run_with_cache(tokens, True, False, name),
         "run_with_cache of a list": lambda: bridge.run_with_cache(
             tokens, names_filter=[good, name]
         ),

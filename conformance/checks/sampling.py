@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoTokenizer,
     Cache,
     LogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -26,8 +27,10 @@ from conformance.checks.generation import (
     steps_of,
 )
 from conformance.checks.registry import Adapter, check
+from conformance.checks.script import by_hand
 from conformance.checks.support import bridge_of, drawing
 from conformance.compare import Gap, bitwise
+from conformance.data import TRAINED
 from conformance.inputs import inputs
 from conformance.spec import Case
 from conformance.subjects import at_work, reference
@@ -137,6 +140,9 @@ _WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+_RECORDS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+
+
 def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors in what generate returns, which nests tuples of them by step and layer."""
     if isinstance(value, torch.Tensor):
@@ -146,17 +152,37 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield from _tensors(f"{name}[{index}]", item)
 
 
+def _ending_with(end: int) -> Any:
+    """A tokenizer whose texts end with a token of this number."""
+    return AutoTokenizer.from_pretrained(TRAINED, eos_token=by_hand().id_to_token(end))
+
+
+def _own_mask(tokens: torch.Tensor, pad: int | None, ends: Any) -> torch.Tensor:
+    """The mask ``[batch, pos]`` that Hugging Face makes of a model's pad, if it pads with no other.
+
+    Args:
+        tokens: The prompt, ``[batch, pos]``.
+        pad: The model's own, if it has any.
+        ends: That a text may end with: a pad that is one of these is no padding.
+    """
+    if pad is None or (ends is not None and pad in torch.tensor(ends).flatten()):
+        return torch.ones_like(tokens)
+    return tokens.ne(pad).long()
+
+
 @check(
     "sampling.hugging_face",
     "hf_generate of tokens is Hugging Face's own generate: greedy, sampling several texts "
     "and by beams, with the records, the ends of text and the cache that are asked for, and no "
-    "others; without a record it samples the same tokens, and the next numbers drawn are the same.",
+    "others; a tokenizer's end is the end and the pad where no other is given, and hides no "
+    "padding; without a record it samples the same tokens, and the next numbers drawn are the "
+    "same.",
     generating_cases,
     examples=0.3,
 )
 def hugging_face(adapter: Adapter, case: Case) -> Iterator[Gap]:
-    """One way by the seed; the mask, the ends and the cache by it too."""
-    data, seed = inputs(case), case.run.token_seed
+    """One way by the seed; the mask, the ends and the cache by it too. Most have a tokenizer."""
+    data, seed, draw = inputs(case), case.run.token_seed, drawing(case)
     name = list(_WAYS)[seed % len(_WAYS)]
     given: dict[str, Any] = {
         "max_new_tokens": steps_of(case),
@@ -164,13 +190,19 @@ def hugging_face(adapter: Adapter, case: Case) -> Iterator[Gap]:
         "output_scores": True,
         **_WAYS[name],
     }
-    mask = data.attention_mask
+    if draw(3):
+        given = {key: value for key, value in given.items() if key not in _RECORDS}
+        given[_RECORDS[draw(len(_RECORDS))]] = True
+    mask = data.attention_mask if draw(2) else None
+    tokens, pad = data.tokens.clone(), case.model.pad_token_id
+    if pad is not None and draw(4):
+        tokens[0, 0] = pad
     if mask is None and case.model.dtype == "float64":
         # Left out, it would be that of the pad token, and a row that begins with one is NaN there.
-        mask = torch.ones_like(data.tokens)
+        mask = torch.ones_like(tokens)
     if mask is not None:
         given["attention_mask"] = mask
-    ends = ([], [END], [END, int(data.tokens[0, 0])], 0)[seed // 5 % 4]
+    ends = ([], [END], [END, int(tokens[0, -1])], 0)[seed // 5 % 4]
     told: dict[str, Any] = {} if ends == [] else {"eos_token_id": ends}
     endless = not told and seed % 2 == 0
     truth = reference(case.model)
@@ -180,11 +212,25 @@ def hugging_face(adapter: Adapter, case: Case) -> Iterator[Gap]:
     if endless:  # the configuration has an end, which the call takes away
         for each in (truth, *subjects.values()):
             each.model.generation_config.eos_token_id = END
-    record = {"return_dict_in_generate": True, "use_cache": case.run.use_cache}
-    free = {"eos_token_id": None} if endless else {}
+    theirs = {**told, "return_dict_in_generate": True, "use_cache": case.run.use_cache}
+    theirs |= {"eos_token_id": None} if endless else {}
+    if draw(3):
+        end = draw(END + 1)
+        for subject in subjects.values():
+            bridge_of(subject).tokenizer = _ending_with(end)
+        name += ", tokenizer"
+        theirs = {"eos_token_id": end, **theirs}
+        if draw(3) == 0:
+            given["pad_token_id"] = draw(END + 1)
+            name += ", pad"
+        else:
+            theirs["pad_token_id"] = end
+            if mask is None:
+                name += ", no mask"
+                theirs["attention_mask"] = _own_mask(tokens, pad, theirs["eos_token_id"])
     model: Any = truth.model
     with from_the_seed(case, truth):
-        expected = model.generate(data.tokens, **given, **told, **record, **free)
+        expected = model.generate(tokens, **given, **theirs)
         random_state = torch.get_rng_state()
     outputs = {}
     for which, subject in subjects.items():
@@ -192,10 +238,13 @@ def hugging_face(adapter: Adapter, case: Case) -> Iterator[Gap]:
             given = {key: value for key, value in given.items() if not key.startswith("output_")}
         with from_the_seed(case, subject), at_work(f"hf_generate, {name}, with {which}"):
             asked = {**told, "stop_at_eos": not endless, "use_past_kv_cache": case.run.use_cache}
-            outputs[which] = bridge_of(subject).hf_generate(data.tokens, **given, **asked)
+            outputs[which] = bridge_of(subject).hf_generate(tokens, **given, **asked)
             left = torch.get_rng_state()
         yield from bitwise(f"{name}, {which}: random state", random_state, left)
     actual = outputs["a record"]
+    if isinstance(actual, torch.Tensor):
+        yield Gap(f"{name}: record", "contract", "the tokens are returned without one")
+        return
     if "no record" in outputs:
         yield from bitwise(f"{name}: no record", expected.sequences, outputs["no record"])
     due, got = (

@@ -6,7 +6,7 @@ padding, mask, positions and labels are written down.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from random import Random
@@ -184,6 +184,16 @@ def padded(rows: list[list[int]], *, left: bool) -> tuple[torch.Tensor, torch.Te
         tokens.append(pads + row if left else row + pads)
         mask.append(zeros + ones if left else ones + zeros)
     return torch.tensor(tokens), torch.tensor(mask)
+
+
+def hidden(mask: torch.Tensor, draw: Callable[[int], int]) -> torch.Tensor:
+    """A mask ``[batch, pos]`` that hides a token more of the longest text, but not its last one."""
+    row = int(mask.sum(1).argmax())
+    (real,) = mask[row].nonzero(as_tuple=True)
+    mask = mask.clone()
+    if len(real) > 1:
+        mask[row, real[draw(len(real) - 1)]] = 0
+    return mask
 
 
 def same(name: str, due: object, got: object) -> Iterator[Gap]:

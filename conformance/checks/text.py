@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from inspect import signature
 from random import Random
 from typing import Any
 
 import numpy as np
 import torch
+from transformer_lens.model_bridge import TransformerBridge
 
 from conformance.checks.registry import Adapter, check
 from conformance.checks.script import (
@@ -16,6 +18,7 @@ from conformance.checks.script import (
     TOKENIZERS,
     Script,
     decoded,
+    hidden,
     ids,
     maskable,
     padded,
@@ -129,7 +132,8 @@ def _positions(bridge: Any, told: Script, row: list[int]) -> Iterator[Gap]:
 @check(
     "text.forward",
     "Texts in, alone or together, padded on either side, give the logits, positions and patterns "
-    "of Hugging Face's model on the tokens, mask and positions made by hand; over a cache too.",
+    "of Hugging Face's model on the tokens, mask and positions made by hand; over a cache, and "
+    "under a mask that is given, too.",
     text_cases,
     examples=0.5,
 )
@@ -167,11 +171,23 @@ def _forward(adapter: Adapter, case: Case, told: Script) -> Iterator[Gap]:
     real = mask.bool()
     for name, (due, got) in pairs.items():
         yield from _same_where(real, name, due, got)
-    if drawing(case)(2):
-        yield from _over_a_cache(bridge, truth, case, told)
+    draw = drawing(case)
+    if draw(2):
+        yield from _over_a_cache(bridge, truth, case, told, by_position=draw(3) > 0)
+    if len(rows) > 1 and draw(2):
+        mask = hidden(mask, draw)
+        named = {("attention_mask", "one_zero_attention_mask")[draw(2)]: mask}
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            due = truth(given, attention_mask=mask, position_ids=positions).logits
+            with at_work("a forward of text under a mask"):
+                got = bridge(texts, **named, **told.asked)
+        yield from _same_where(mask.bool(), f"logits under {', '.join(named)}", due, got)
 
 
-def _over_a_cache(bridge: Any, truth: Any, case: Case, told: Script) -> Iterator[Gap]:
+def _over_a_cache(
+    bridge: Any, truth: Any, case: Case, told: Script, *, by_position: bool
+) -> Iterator[Gap]:
     """The same texts, behind tokens that each model has in a cache."""
     before = inputs(case).tokens
     given, new = padded(told.rows(), left=told.left)
@@ -184,7 +200,11 @@ def _over_a_cache(bridge: Any, truth: Any, case: Case, told: Script) -> Iterator
         expected = truth(given, past_key_values=filled, **named).logits
         with at_work("a forward of text over a cache"):
             cache = bridge(before, return_type="logits_and_cache")[1]
-            logits = bridge(texts, past_key_values=cache, **told.asked)
+            call = signature(TransformerBridge.forward)
+            said = call.bind(bridge, texts, past_key_values=cache, **told.asked)
+            if by_position:
+                said.apply_defaults()  # all but the last stand before it
+            logits = bridge(*said.args[1:], **said.kwargs)
     yield from _same_where(new.bool(), "logits over a cache", expected, logits)
 
 
