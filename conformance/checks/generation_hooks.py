@@ -99,9 +99,10 @@ def hooks(adapter: Adapter, case: Case) -> Iterator[Gap]:
     them a hook generates, too.
     """
     data, draw = inputs(case), drawing(case)
+    by = by_hf_generate if draw(2) else by_bridge
     # Of dynamic RoPE, which remembers lengths, another generation would change this one.
-    within = draw(2) and case.model.rope_type != "dynamic"
-    by = by_hf_generate if draw(2) and not within else by_bridge
+    if within := draw(2) == 0 and case.model.rope_type != "dynamic":
+        by = by_bridge
     subject = generating(case, adapter)
     plain, bare = sites_of(subject, case), case
     if is_exact(adapter) and draw(3) == 0:
