@@ -178,7 +178,7 @@ def _own_mask(tokens: torch.Tensor, pad: int | None, ends: Any) -> torch.Tensor:
     "padding; without a record it samples the same tokens, and the next numbers drawn are the "
     "same.",
     generating_cases,
-    examples=0.3,
+    examples=0.5,
 )
 def hugging_face(adapter: Adapter, case: Case) -> Iterator[Gap]:
     """One way by the seed; the mask, the ends and the cache by it too. Most have a tokenizer."""
