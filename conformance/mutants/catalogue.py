@@ -78,6 +78,7 @@ CRASHES = {
     "recompute.forgotten",  # PyTorch notices where an edit has saved another number of tensors
     "state.biases_required",
     "states.lens_names_only",
+    "text.prompt_without_bos",  # beside a mask that is given it is too short for that
 }
 CATALOGUE: dict[str, Mutant] = {}
 PAD_TOKEN = 1  # OlmoConfig's default, that of half the models drawn
