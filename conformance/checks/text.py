@@ -172,8 +172,8 @@ def _forward(adapter: Adapter, case: Case, told: Script) -> Iterator[Gap]:
     for name, (due, got) in pairs.items():
         yield from _same_where(real, name, due, got)
     draw = drawing(case)
-    if draw(2):
-        yield from _over_a_cache(bridge, truth, case, told, by_position=draw(3) > 0)
+    cached = bool(draw(2))
+    by_position = cached and draw(3) > 0
     if len(rows) > 1 and draw(2):
         mask = hidden(mask, draw)
         named = {("attention_mask", "one_zero_attention_mask")[draw(2)]: mask}
@@ -183,6 +183,8 @@ def _forward(adapter: Adapter, case: Case, told: Script) -> Iterator[Gap]:
             with at_work("a forward of text under a mask"):
                 got = bridge(texts, **named, **told.asked)
         yield from _same_where(mask.bool(), f"logits under {', '.join(named)}", due, got)
+    if cached:  # the last: of the texts behind a cache dynamic RoPE remembers the length
+        yield from _over_a_cache(bridge, truth, case, told, by_position=by_position)
 
 
 def _over_a_cache(
