@@ -10,7 +10,6 @@ import torch
 from torch.nn.functional import dropout, softmax
 from transformer_lens.model_bridge.generalized_components import PositionEmbeddingsAttentionBridge
 from transformers.models.olmo.modeling_olmo import apply_rotary_pos_emb, repeat_kv
-from transformers.utils import output_capturing
 
 from adapter.forks import (
     change_of_heads,
@@ -21,6 +20,7 @@ from adapter.forks import (
 )
 from adapter.hooks import drop_hook, is_hooked, new_hook
 from adapter.layouts import HeadsAfterPositions, SplitHeads
+from adapter.recorders import record_attention
 from adapter.running import residual_before
 
 
@@ -105,7 +105,7 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
         pattern = self._pattern_of(self.hook_attn_scores(scores), query.dtype)
         pattern = dropout(pattern, p=hf.attention_dropout, training=self.training)
         pattern = self.hook_pattern(pattern)
-        _record_attentions(pattern)
+        record_attention(pattern)
 
         z = torch.matmul(pattern, value).transpose(1, 2).contiguous()
         output = self._project_out(z.reshape(*input_shape, -1).contiguous())
@@ -250,14 +250,3 @@ class OlmoAttentionBridge(PositionEmbeddingsAttentionBridge):
         )
         output = self.o(z, through=by_head)
         return output
-
-
-def _record_attentions(pattern: torch.Tensor) -> None:
-    """Hand the pattern to a caller who asked Hugging Face for ``output_attentions=True``.
-
-    Hugging Face collects patterns with forward hooks on its attention modules, which a bridge
-    never calls.
-    """
-    collected = output_capturing._active_collector.get()  # type: ignore[no-untyped-call]
-    if collected is not None and "attentions" in collected:
-        collected["attentions"].append(pattern)

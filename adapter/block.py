@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformer_lens.model_bridge.exceptions import StopAtLayerException
 from transformer_lens.model_bridge.generalized_components import BlockBridge
-from transformers.utils import output_capturing
 
 from adapter.partial_runs import OfTheCall
 from adapter.recompute import recompute_alike
+from adapter.recorders import record_hidden_state
 from adapter.running import begin, set_apart
 
 
@@ -31,7 +31,7 @@ class OlmoBlockBridge(BlockBridge):
         recompute_alike(self, self.original_component)
         with set_apart():
             output = super().forward(*args, **kwargs)
-        _record_hidden_state(output)
+        record_hidden_state(output)
         return output
 
     def _hook_input_hidden_states(self, *args: Any) -> Any:
@@ -61,14 +61,3 @@ class OlmoBlockBridge(BlockBridge):
         if not self._read_use_hook_mlp_in():
             return None
         return (self.hook_mlp_in(args[0]),)
-
-
-def _record_hidden_state(output: Any) -> None:
-    """Hand what the block's hooks left to a caller who asked for ``output_hidden_states=True``.
-
-    Hugging Face has recorded what its own layer, inside of the block, returned.
-    """
-    collected = output_capturing._active_collector.get()  # type: ignore[no-untyped-call]
-    recorded = (collected or {}).get("hidden_states")
-    if recorded and recorded[-1] is not None:
-        recorded[-1] = output[0] if isinstance(output, tuple) else output

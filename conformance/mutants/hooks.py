@@ -182,7 +182,7 @@ add(
     "any",
     "alive.output_attentions",
     attention,
-    "_record_attentions",
+    "record_attention",
     lambda original: lambda pattern: None,
 )
 

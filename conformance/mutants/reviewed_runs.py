@@ -18,7 +18,7 @@ from conformance.mutants.catalogue import mutant
     "an edit after a block",
     "alive.hidden_states",
     block,
-    "_record_hidden_state",
+    "record_hidden_state",
 )
 def _(_original: Any) -> Any:
     """output_hidden_states tells what the block gave before its hooks."""

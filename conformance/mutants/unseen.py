@@ -57,7 +57,7 @@ for name, breaks, trigger, killer, clip_of in (
 
 
 @mutant(
-    "attention.reported_detached", "any", "alive.output_attentions", attention, "_record_attentions"
+    "attention.reported_detached", "any", "alive.output_attentions", attention, "record_attention"
 )
 def reported_detached(original: Any) -> Any:
     """The patterns that output_attentions=True returns have no gradient."""
